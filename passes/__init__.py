@@ -1,0 +1,1 @@
+"""Graph passes: Policy to Policy, one file each. Imported as vlac.passes."""

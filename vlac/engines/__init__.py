@@ -1,0 +1,1 @@
+"""Engines: tables from op to a few lines, plus load and run."""

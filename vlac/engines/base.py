@@ -1,0 +1,85 @@
+"""What an engine is: it opens an artifact and runs its stages on numpy arrays. Engines know ops and formats, no family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vlac.artifact import Artifact
+from vlac.errors import Unsupported
+from vlac.graph import Repeat
+
+NpArray = np.ndarray[Any, Any]
+Values = Mapping[str, NpArray]
+
+
+class EngineSession(ABC):
+    """Stages of one artifact, ready to run.
+
+    Arrays passed in are never modified by the engine, and the caller never modifies an array after passing it: an engine
+    may recognise an unchanged input by identity and skip its transfer. Returned arrays belong to the caller.
+    """
+
+    engine: str
+    info: dict[str, Any]
+    """Versions, provider, CPU features, threads: what a bench report should name."""
+
+    @abstractmethod
+    def run(self, stage: str, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:
+        """Run one stage for one bucket. `inputs` holds at least the stage's inputs, by name, with the dtypes and shapes
+        of `program.bind(symbols)`; returns its outputs by name. The session has checked both; ids are within range."""
+
+    def repeat(self, step: Repeat, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:
+        """A whole `Repeat`; engines override it where they can do better than one `run` per turn."""
+        env = dict(inputs)
+        for _, into, initial in step.carry:
+            env[into] = inputs[initial]
+        out: dict[str, NpArray] = {}
+        for i in range(step.times):
+            env[step.index] = np.array([i], dtype=np.int32)
+            out = self.run(step.stage, env, symbols)
+            for name, into, _ in step.carry:
+                env[into] = out[name]
+        return out
+
+    def close(self) -> None:
+        """Frees native memory; the session cannot be used afterwards."""
+
+
+class Engine(ABC):
+    """An engine that may or may not be installed."""
+
+    name: str
+
+    @abstractmethod
+    def missing(self) -> str:
+        """Empty when it can be used here, else why not and how to install it. Imports nothing heavy."""
+
+    @abstractmethod
+    def open(
+        self, artifact: Artifact, *, threads: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> EngineSession:
+        """Loads the artifact. Raises EngineError (install, self-test, unsupported op) before anything native can abort."""
+
+
+NAMES = {
+    "onnxruntime": "vlac.engines.onnxruntime_engine",
+    "openvino": "vlac.engines.openvino_engine",
+    "ggml": "vlac.engines.ggml_engine",
+    "torch": "vlac.engines.torch_engine",
+    "numpy": "vlac.engines.numpy_engine",
+}
+
+
+def get_engine(name: str) -> Engine:
+    """The engine of that name (each module has `ENGINE`); Unsupported names those there are."""
+    import importlib
+
+    if name not in NAMES:
+        raise Unsupported(f"no engine {name!r}; there are: {', '.join(NAMES)}")
+    engine = importlib.import_module(NAMES[name]).ENGINE
+    assert isinstance(engine, Engine)
+    return engine

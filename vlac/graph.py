@@ -1,0 +1,420 @@
+"""Programs: what a network computes, as stages of nodes in SSA form, with a printer, a parser and a checker.
+
+A family draws a Program, `lower` rewrites it, a target writes it down, an engine runs it. It is a value: frozen,
+comparable, printable; `parse(str(program)) == program`. Weights are named (`@name`) and bound separately.
+
+Standard names of values that the runtime provides to stages (a stage lists those it reads among its inputs):
+  pixels f32[3,S,S] (one camera, preprocessed) | image_valid bool[C] (camera was given) | camera_valid bool[C] (slot takes part)
+  tokens i32[T] | token_valid bool[T] | state f32[1,S] | noise f32[N,A]
+Everything else a stage reads must be the output of an earlier stage or a carry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+from vlac.dims import Affine, Dim, bind_dim, parse_dim
+from vlac.errors import ProgramError
+from vlac.ops import OPS, Attr, Op, Type
+from vlac.weights import Weights
+
+RUNTIME_INPUTS = ("pixels", "image_valid", "camera_valid", "tokens", "token_valid", "state", "noise")
+
+
+@dataclass(frozen=True)
+class Node:
+    """name = op(inputs) {attrs}. Inputs name values of the stage; "@w" names a weight."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    attrs: tuple[tuple[str, Attr], ...] = ()
+
+    @property
+    def attr(self) -> dict[str, Any]:
+        """Attributes as a dict."""
+        return dict(self.attrs)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Nodes in order; `inputs` with their types; `outputs` are names of values, in order."""
+
+    name: str
+    inputs: tuple[tuple[str, Type], ...]
+    nodes: tuple[Node, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Param:
+    """A weight as the program sees it: logical shape and storage format (vlac.formats)."""
+
+    shape: tuple[int, ...]
+    format: str = "f32"
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A dimension chosen per call: largest value, and the sizes a stage may be built for (ascending, last = max)."""
+
+    name: str
+    buckets: tuple[int, ...]
+
+    @property
+    def max(self) -> int:
+        return self.buckets[-1]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Run a stage once; its inputs are found by name, its outputs become values.
+
+    each="camera": once for every camera that was given, outputs stacked along axis 0 in slot order; slots without a
+    camera hold zeros.
+    """
+
+    stage: str
+    each: str = ""
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Run a stage `times` times. `index` names its i32[1] input that counts 0, 1, ...; `carry` is (output, input,
+    initial value's name): the output of one turn is the input of the next."""
+
+    stage: str
+    times: int
+    index: str
+    carry: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How stages make a chunk; `result` names the value that is the normalised chunk f32[N, A]."""
+
+    steps: tuple[Union[Call, Repeat], ...]
+    result: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """Stages, parameters, symbols and schedule. `weights` holds values and takes no part in equality or text."""
+
+    name: str
+    symbols: tuple[Symbol, ...]
+    stages: tuple[Stage, ...]
+    params: Mapping[str, Param]
+    schedule: Schedule
+    weights: Weights = field(default_factory=Weights, compare=False, repr=False)
+
+    def stage(self, name: str) -> Stage:
+        for s in self.stages:
+            if s.name == name:
+                return s
+        raise ProgramError(f"program {self.name} has no stage {name}")
+
+    def replace(self, **changes: Any) -> Program:
+        return dataclasses.replace(self, **changes)
+
+    def bind(self, symbols: Mapping[str, int]) -> Program:
+        """The program for one bucket: symbols become numbers in shapes and attributes."""
+
+        def bind_attr(value: Attr) -> Attr:
+            if isinstance(value, tuple):
+                return tuple(bind_attr(v) for v in value)
+            return bind_dim(value, symbols) if isinstance(value, Affine) else value
+
+        stages = tuple(
+            Stage(
+                s.name,
+                tuple((n, Type(t.dtype, tuple(bind_dim(d, symbols) for d in t.shape))) for n, t in s.inputs),
+                tuple(dataclasses.replace(n, attrs=tuple((k, bind_attr(v)) for k, v in n.attrs)) for n in s.nodes),
+                s.outputs,
+            )
+            for s in self.stages
+        )
+        left = tuple(s for s in self.symbols if s.name not in symbols)
+        return self.replace(symbols=left, stages=stages)
+
+    def max_symbols(self) -> dict[str, int]:
+        """Every symbol at its largest value."""
+        return {s.name: s.max for s in self.symbols}
+
+    def __str__(self) -> str:
+        return print_program(self)
+
+
+# --- checking --------------------------------------------------------------------------------------------------
+
+
+def check_operands(op: Op, count: int) -> None:
+    """Raises ProgramError when `op` does not take `count` operands."""
+    least = sum(1 for i in op.inputs if not i.endswith(("?", "*")))
+    most = 10_000 if any(i.endswith("*") for i in op.inputs) else len(op.inputs)
+    if any(i.endswith("*") for i in op.inputs):
+        least = max(least, 1)
+    if not least <= count <= most:
+        raise ProgramError(f"{op.name} takes {' '.join(op.inputs)}, got {count} operands")
+
+
+def infer_stage(stage: Stage, params: Mapping[str, Param]) -> dict[str, Type]:
+    """Types of every value in a stage; raises ProgramError that names stage and node."""
+    types: dict[str, Type] = dict(stage.inputs)
+    for node in stage.nodes:
+        where = f"stage {stage.name}, {node.name} = {node.op}({', '.join(node.inputs)})"
+        op = OPS.get(node.op)
+        if op is None:
+            raise ProgramError(f"{where}: unknown op")
+        if set(node.attr) != set(op.attrs):
+            raise ProgramError(f"{where}: attributes {sorted(node.attr)}, expected {sorted(op.attrs)}")
+        if node.name in types:
+            raise ProgramError(f"{where}: {node.name} is assigned twice")
+        operands = []
+        for i in node.inputs:
+            if i.startswith("@"):
+                if i[1:] not in params:
+                    raise ProgramError(f"{where}: no parameter {i[1:]}")
+                operands.append(Type("f32", params[i[1:]].shape))
+            elif i in types:
+                operands.append(types[i])
+            else:
+                raise ProgramError(f"{where}: {i} is not defined before")
+        try:
+            check_operands(op, len(operands))
+            types[node.name] = op.infer(operands, node.attr)
+        except ProgramError as error:
+            raise ProgramError(f"{where}: {error.message}") from None
+    for out in stage.outputs:
+        if out not in types:
+            raise ProgramError(f"stage {stage.name}: output {out} is not defined")
+    return types
+
+
+def check(program: Program) -> Program:
+    """Every rule that a program must keep; returns it unchanged or raises ProgramError."""
+    names = [s.name for s in program.stages]
+    if len(set(names)) != len(names):
+        raise ProgramError(f"stage names repeat: {names}")
+    known: dict[str, Type | None] = dict.fromkeys(RUNTIME_INPUTS)
+    outputs = {s.name: infer_stage(s, program.params) for s in program.stages}
+    for step in program.schedule.steps:
+        stage = program.stage(step.stage)
+        bound = {step.index, *(i for _, i, _ in step.carry)} if isinstance(step, Repeat) else set()
+        for name, want in stage.inputs:
+            if name in bound:
+                continue
+            if name not in known:
+                raise ProgramError(f"stage {stage.name}: input {name} is given by no earlier stage")
+            have = known[name]
+            if have is not None and have != want:
+                raise ProgramError(f"stage {stage.name}: input {name} is {have}, stage wants {want}")
+        for out in stage.outputs:
+            t = outputs[stage.name][out]
+            if isinstance(step, Call) and step.each:
+                count = next((parse_dim(s.name) for s in program.symbols if s.name == "C"), None)
+                known[out] = Type(t.dtype, (t.shape[0] * count, *t.shape[1:])) if count is not None else None
+            else:
+                known[out] = t
+        if isinstance(step, Repeat):
+            types = outputs[stage.name]
+            for out, into, initial in step.carry:
+                if types[out] != types[into]:
+                    raise ProgramError(f"stage {stage.name}: carry {out} is {types[out]}, {into} is {types[into]}")
+                if initial not in known:
+                    raise ProgramError(f"stage {stage.name}: initial value {initial} of {into} is not defined")
+    if program.schedule.result not in known:
+        raise ProgramError(f"schedule returns {program.schedule.result}, which nothing defines")
+    return program
+
+
+def uses(stage: Stage) -> dict[str, list[Node]]:
+    """For every value or weight ("@w") of a stage, the nodes that read it."""
+    result: dict[str, list[Node]] = {}
+    for node in stage.nodes:
+        for i in node.inputs:
+            result.setdefault(i, []).append(node)
+    return result
+
+
+# --- building --------------------------------------------------------------------------------------------------
+
+
+class StageBuilder:
+    """Draws one stage. `b.linear(x, "@w")` adds a node and returns its name; `b.at("layer 0")` names a region.
+
+    Any op of the table is a method; keyword arguments are its attributes.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._inputs: list[tuple[str, Type]] = []
+        self._nodes: list[Node] = []
+        self._outputs: list[str] = []
+        self._taken: set[str] = set()
+
+    def input(self, name: str, dtype: str, *shape: Dim) -> str:
+        self._inputs.append((name, Type(dtype, shape)))
+        self._taken.add(name)
+        return name
+
+    def op(self, op: str, *inputs: str, name: str = "", **attrs: Attr) -> str:
+        """Adds a node; `name` is a wish (made unique), default is the op's name with a number."""
+        base = name or op
+        unique, i = base, 1
+        while unique in self._taken or (not name and unique == op):
+            unique = f"{base}.{i}"
+            i += 1
+        self._taken.add(unique)
+        self._nodes.append(Node(unique, op, inputs, tuple(sorted(attrs.items()))))
+        return unique
+
+    def __getattr__(self, op: str) -> Any:
+        if op not in OPS:
+            raise AttributeError(op)
+        return lambda *inputs, **kw: self.op(op, *inputs, **kw)
+
+    def output(self, *names: str) -> None:
+        self._outputs.extend(names)
+
+    def build(self) -> Stage:
+        return Stage(self.name, tuple(self._inputs), tuple(self._nodes), tuple(self._outputs))
+
+
+# --- text ------------------------------------------------------------------------------------------------------
+
+
+def _print_attr(value: Attr) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_print_attr(v) for v in value) + "]"
+    return str(value) if isinstance(value, Affine) else json.dumps(value)
+
+
+def print_program(program: Program, stages: Sequence[str] | None = None) -> str:
+    """The program as text; `stages` limits which are shown (then it does not parse back)."""
+    lines = [f"program {program.name}"]
+    for sym in program.symbols:
+        lines.append(f"symbol {sym.name} in {', '.join(map(str, sym.buckets))}")
+    for stage in program.stages:
+        if stages is not None and stage.name not in stages:
+            continue
+        types = infer_stage(stage, program.params)
+        args = ", ".join(f"{n}: {t}" for n, t in stage.inputs)
+        lines += ["", f"stage {stage.name} ({args})"]
+        for n in stage.nodes:
+            attrs = " {" + ", ".join(f"{k}={_print_attr(v)}" for k, v in n.attrs) + "}" if n.attrs else ""
+            lines.append(f"  {n.name} = {n.op}({', '.join(n.inputs)}){attrs} : {types[n.name]}")
+        lines.append(f"  return {', '.join(stage.outputs)}")
+    lines += ["", "params"]
+    for name, p in program.params.items():
+        lines.append(f"  {name} : {p.format}[{','.join(map(str, p.shape))}]")
+    lines += ["", "schedule"]
+    for step in program.schedule.steps:
+        if isinstance(step, Call):
+            lines.append(f"  call {step.stage}" + (f" each {step.each}" if step.each else ""))
+        else:
+            carry = ", ".join(f"{i}={o} from {start}" for o, i, start in step.carry)
+            lines.append(f"  repeat {step.times} {step.stage} index {step.index} carry {carry}")
+    lines.append(f"  result {program.schedule.result}")
+    return "\n".join(lines) + "\n"
+
+
+_NAME = r"[@A-Za-z_][\w.]*"
+_TYPE = re.compile(r"(\w+)\[([^\]]*)\]")
+_NODE = re.compile(rf"({_NAME}) = (\w+)\(([^)]*)\)(?: \{{(.*)\}})? : (\w+\[[^\]]*\])")
+
+
+def _parse_type(text: str) -> Type:
+    m = _TYPE.fullmatch(text)
+    if not m:
+        raise ProgramError(f"cannot read type {text!r}")
+    return Type(m[1], tuple(parse_dim(d) for d in m[2].split(",")) if m[2] else ())
+
+
+def _split_top(text: str) -> Iterator[str]:
+    depth, start, quoted = 0, 0, False
+    for i, c in enumerate(text):
+        if c == '"':
+            quoted = not quoted
+        elif not quoted and c == "[":
+            depth += 1
+        elif not quoted and c == "]":
+            depth -= 1
+        elif not quoted and c == "," and depth == 0:
+            yield text[start:i].strip()
+            start = i + 1
+    if text[start:].strip():
+        yield text[start:].strip()
+
+
+def _parse_attr(kind: str, text: str) -> Attr:
+    if kind in ("dims", "dim") and text.startswith("["):
+        return tuple(parse_dim(d) for d in _split_top(text[1:-1]))
+    if kind == "dim":
+        return parse_dim(text)
+    value = json.loads(text)
+    if kind == "float" and isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        return value
+    raise ProgramError(f"cannot read {kind} attribute {text!r}")
+
+
+def parse(text: str) -> Program:
+    """Inverse of str(program), without weights. Raises ProgramError naming the line; the result is checked."""
+    name, symbols, stages, params = "", [], [], {}
+    steps: list[Call | Repeat] = []
+    result = ""
+    section = ""
+    stage: Stage | None = None
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = raw.strip()
+        if not line:
+            continue
+        try:
+            if line.startswith("program ") and not section:
+                name = line[8:]
+            elif m := re.fullmatch(r"symbol (\w+) in ([\d, ]+)", line):
+                symbols.append(Symbol(m[1], tuple(int(v) for v in m[2].split(","))))
+            elif m := re.fullmatch(r"stage (\w+) \((.*)\)", line):
+                args = [a.split(": ") for a in _split_top(m[2])]
+                stage = Stage(m[1], tuple((a, _parse_type(t)) for a, t in args), (), ())
+                section = "stage"
+            elif line in ("params", "schedule"):
+                section = line
+            elif section == "stage" and stage is not None and line.startswith("return"):
+                stages.append(dataclasses.replace(stage, outputs=tuple(_split_top(line[6:]))))
+                stage = None
+            elif section == "stage" and stage is not None and (m := _NODE.fullmatch(line)):
+                kinds = OPS[m[2]].attrs if m[2] in OPS else {}
+                pairs = [p.split("=", 1) for p in _split_top(m[4] or "")]
+                attrs = tuple((k, _parse_attr(kinds.get(k, "str"), v)) for k, v in pairs)
+                node = Node(m[1], m[2], tuple(_split_top(m[3])), attrs)
+                stage = dataclasses.replace(stage, nodes=(*stage.nodes, node))
+            elif section == "params" and (m := re.fullmatch(rf"({_NAME}) : (\w+)\[([\d,]*)\]", line)):
+                params[m[1]] = Param(tuple(int(d) for d in m[3].split(",")) if m[3] else (), m[2])
+            elif section == "schedule" and (m := re.fullmatch(r"call (\w+)(?: each (\w+))?", line)):
+                steps.append(Call(m[1], m[2] or ""))
+            elif section == "schedule" and (m := re.fullmatch(r"repeat (\d+) (\w+) index (\w+) carry (.*)", line)):
+                carry = []
+                for part in _split_top(m[4]):
+                    c = re.fullmatch(rf"({_NAME})=({_NAME}) from ({_NAME})", part)
+                    if not c:
+                        raise ProgramError(f"cannot read carry {part!r}")
+                    carry.append((c[2], c[1], c[3]))
+                steps.append(Repeat(m[2], int(m[1]), m[3], tuple(carry)))
+            elif section == "schedule" and line.startswith("result "):
+                result = line[7:]
+            else:
+                raise ProgramError("cannot read this")
+        except (ProgramError, ValueError, json.JSONDecodeError) as error:
+            message = error.message if isinstance(error, ProgramError) else str(error)
+            raise ProgramError(f"program text, line {number}: {message}: {line[:120]}") from None
+    if not name or not stages or not result:
+        raise ProgramError("program text is incomplete: needs a name, stages and a schedule")
+    return check(Program(name, tuple(symbols), tuple(stages), params, Schedule(tuple(steps), result)))

@@ -1,0 +1,502 @@
+"""The table of ops: signature, shape rule, exact meaning, and the numpy reference every engine is tested against.
+
+Activations are 2-D `[rows, features]` float32 with batch 1 written nowhere; index arithmetic is i32, masks are bool.
+The reference computes in float64 and rounds once, so that it is closer to the truth than any engine.
+`host=True` marks ops of index and mask arithmetic (and of pixel layout): an engine may evaluate those of them that
+depend on stage inputs only with the reference, before its own graph runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+import numpy as np
+
+from vlac.dims import Affine, Dim, product
+from vlac.errors import ProgramError
+
+Attr = Union[int, float, str, Affine, tuple["Attr", ...]]
+Attrs = Mapping[str, Any]
+NpArray = np.ndarray[Any, Any]
+
+DTYPES = {"f32": np.float32, "i32": np.int32, "bool": np.bool_}
+
+
+@dataclass(frozen=True)
+class Type:
+    """dtype ("f32", "i32", "bool") and shape of a value; shape entries may hold symbols."""
+
+    dtype: str
+    shape: tuple[Dim, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(str(d) for d in self.shape)}]"
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row of the table.
+
+    Attributes:
+        name: as printed in programs.
+        inputs: names of the operands; a trailing "?" is optional, a trailing "*" repeats.
+        attrs: attribute name -> kind: "int", "float", "str", "dim" (may hold symbols), "dims" (a tuple of them).
+        infer: operand types and attributes to the result's type; raises ProgramError.
+        reference: operand arrays and bound attributes to the result.
+        host: index or layout arithmetic that may run in numpy on the host.
+        doc: what it computes, exactly.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    attrs: Mapping[str, str]
+    infer: Callable[[Sequence[Type], Attrs], Type]
+    reference: Callable[[Sequence[NpArray], Attrs], NpArray]
+    host: bool
+    doc: str
+
+
+OPS: dict[str, Op] = {}
+
+Infer = Callable[[Sequence[Type], Attrs], Type]
+Reference = Callable[[Sequence[NpArray], Attrs], NpArray]
+
+
+def _op(name: str, inputs: str, infer: Infer, *, host: bool = False, **attrs: str) -> Callable[[Reference], Reference]:
+    def register(fn: Reference) -> Reference:
+        OPS[name] = Op(name, tuple(inputs.split()), attrs, infer, fn, host, (fn.__doc__ or "").strip())
+        return fn
+
+    return register
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise ProgramError(message)
+
+
+def _f32(x: NpArray) -> NpArray:
+    return np.ascontiguousarray(x, dtype=np.float32)
+
+
+def _f64(x: NpArray) -> NpArray:
+    return np.asarray(x, dtype=np.float64)
+
+
+# --- shape rules -----------------------------------------------------------------------------------------------
+
+
+def _same(t: Sequence[Type], a: Attrs) -> Type:
+    return t[0]
+
+
+def _float_same(t: Sequence[Type], a: Attrs) -> Type:
+    _need(t[0].dtype == "f32", f"wants f32, got {t[0]}")
+    return t[0]
+
+
+def _broadcast(t: Sequence[Type], a: Attrs) -> Type:
+    """The second operand is repeated into the first: equal dtype, each trailing dimension equal or 1."""
+    x, y = t
+    _need(x.dtype == y.dtype and x.dtype != "bool", f"dtypes {x.dtype} and {y.dtype}")
+    _need(len(y.shape) <= len(x.shape), f"{y} does not broadcast into {x}")
+    for dx, dy in zip(reversed(x.shape), reversed(y.shape), strict=False):
+        _need(dy in (dx, 1), f"{y} does not broadcast into {x}")
+    return x
+
+
+def _linear(t: Sequence[Type], a: Attrs) -> Type:
+    x, w = t[0], t[1]
+    _need(x.dtype == "f32" and len(x.shape) == 2 and len(w.shape) == 2, f"linear({x}, {w})")
+    _need(x.shape[1] == w.shape[1], f"linear: x has {x.shape[1]} features, weight {w} wants {w.shape[1]}")
+    if len(t) > 2:
+        _need(t[2].shape == (w.shape[0],), f"linear: bias {t[2]} for weight {w}")
+    return Type("f32", (x.shape[0], w.shape[0]))
+
+
+def _norm(t: Sequence[Type], a: Attrs) -> Type:
+    x = t[0]
+    _need(x.dtype == "f32" and len(x.shape) == 2, f"norm of {x}")
+    for w in t[1:]:
+        _need(w.shape == (x.shape[1],), f"norm: parameter {w} for {x}")
+    return x
+
+
+def _embed(t: Sequence[Type], a: Attrs) -> Type:
+    ids, table = t
+    _need(ids.dtype == "i32" and len(ids.shape) == 1 and len(table.shape) == 2, f"embed({ids}, {table})")
+    return Type("f32", (ids.shape[0], table.shape[1]))
+
+
+def _attention(t: Sequence[Type], a: Attrs) -> Type:
+    q, k, v = t[:3]
+    h, g = a["heads"], a["kv_heads"]
+    _need(all(len(x.shape) == 2 and x.dtype == "f32" for x in (q, k, v)), f"attention({q}, {k}, {v})")
+    qw, kw, vw = q.shape[1], k.shape[1], v.shape[1]
+    _need(h > 0 and g > 0 and h % g == 0, f"attention: {h} heads on {g} kv heads")
+    _need(isinstance(qw, int) and isinstance(kw, int) and isinstance(vw, int), "attention: symbolic width")
+    assert isinstance(qw, int) and isinstance(kw, int) and isinstance(vw, int)
+    _need(qw % h == 0 and kw % g == 0 and vw % g == 0 and qw // h == kw // g, f"attention: widths {qw}, {kw}")
+    _need(k.shape[0] == v.shape[0], f"attention: {k.shape[0]} keys, {v.shape[0]} values")
+    if len(t) > 3:
+        _need(t[3] == Type("bool", (q.shape[0], k.shape[0])), f"attention: mask {t[3]} for {q}, {k}")
+    return Type("f32", (q.shape[0], vw // g * h))
+
+
+def _rope(t: Sequence[Type], a: Attrs) -> Type:
+    x, pos = t
+    _need(x.dtype == "f32" and len(x.shape) == 2 and pos == Type("i32", (x.shape[0],)), f"rope({x}, {pos})")
+    d = a["head_dim"]
+    w = x.shape[1]
+    _need(isinstance(w, int) and d > 0 and d % 2 == 0 and w % d == 0, f"rope: width {w}, head_dim {d}")
+    return x
+
+
+def _mask(t: Sequence[Type], a: Attrs) -> Type:
+    qb, kb, kv = t
+    _need(qb.dtype == "i32" and kb.dtype == "i32" and kv.dtype == "bool", f"attention_mask({qb}, {kb}, {kv})")
+    _need(kb.shape == kv.shape and len(kb.shape) == 1 == len(qb.shape), f"attention_mask({qb}, {kb}, {kv})")
+    return Type("bool", (qb.shape[0], kb.shape[0]))
+
+
+def _concat(t: Sequence[Type], a: Attrs) -> Type:
+    axis = a["axis"]
+    first = t[0]
+    _need(0 <= axis < len(first.shape), f"concat along {axis} of {first}")
+    total: Dim = 0
+    for x in t:
+        rest = [d for i, d in enumerate(x.shape) if i != axis]
+        want = [d for i, d in enumerate(first.shape) if i != axis]
+        _need(x.dtype == first.dtype and rest == want, f"concat of {first} and {x} along {axis}")
+        total = x.shape[axis] + total
+    return Type(first.dtype, (*first.shape[:axis], total, *first.shape[axis + 1 :]))
+
+
+def _slice(t: Sequence[Type], a: Attrs) -> Type:
+    x, axis, start, stop = t[0], a["axis"], a["start"], a["stop"]
+    _need(0 <= axis < len(x.shape), f"slice along {axis} of {x}")
+    size, extent = stop - start, x.shape[axis]
+    if all(isinstance(v, int) for v in (start, stop, extent)):
+        _need(0 <= start < stop <= extent, f"slice [{start}:{stop}] of {x}")
+    return Type(x.dtype, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
+
+
+def _reshape(t: Sequence[Type], a: Attrs) -> Type:
+    shape = tuple(a["shape"])
+    _need(product(t[0].shape) == product(shape), f"reshape of {t[0]} to {shape}")
+    return Type(t[0].dtype, shape)
+
+
+def _transpose(t: Sequence[Type], a: Attrs) -> Type:
+    perm = a["perm"]
+    _need(sorted(perm) == list(range(len(t[0].shape))), f"transpose of {t[0]} by {perm}")
+    return Type(t[0].dtype, tuple(t[0].shape[p] for p in perm))
+
+
+def _pad(t: Sequence[Type], a: Attrs) -> Type:
+    x, size = t[0], a["size"]
+    last = x.shape[-1]
+    _need(isinstance(last, int) and size >= last, f"pad of {x} to {size}")
+    return Type(x.dtype, (*x.shape[:-1], size))
+
+
+def _tile(t: Sequence[Type], a: Attrs) -> Type:
+    x = t[0]
+    _need(len(x.shape) >= 1 and x.shape[0] == 1, f"tile wants one row, got {x}")
+    return Type(x.dtype, (a["rows"], *x.shape[1:]))
+
+
+def _patchify(t: Sequence[Type], a: Attrs) -> Type:
+    x, p, b = t[0], a["patch"], a["block"]
+    _need(x.dtype == "f32" and len(x.shape) == 3 and x.shape[1] == x.shape[2], f"patchify of {x}")
+    c, s = x.shape[0], x.shape[1]
+    assert isinstance(c, int) and isinstance(s, int)
+    _need(s % p == 0 and (s // p) % b == 0, f"patchify: size {s}, patch {p}, block {b}")
+    return Type("f32", ((s // p) ** 2, c * p * p))
+
+
+def _shuffle(t: Sequence[Type], a: Attrs) -> Type:
+    x, f = t[0], a["factor"]
+    rows, width = x.shape
+    assert isinstance(rows, int) and isinstance(width, int)
+    g = math.isqrt(rows)
+    _need(g * g == rows and g % f == 0, f"pixel_shuffle: {rows} rows by factor {f}")
+    return Type("f32", ((g // f) ** 2, width * f * f))
+
+
+def _time(t: Sequence[Type], a: Attrs) -> Type:
+    _need(t[0].dtype == "f32" and len(t[0].shape) == 2 and t[0].shape[1] == 1, f"time_embedding of {t[0]}")
+    _need(a["dim"] % 2 == 0, f"time_embedding: dim {a['dim']} is odd")
+    return Type("f32", (t[0].shape[0], a["dim"]))
+
+
+# --- index and mask arithmetic ---------------------------------------------------------------------------------
+
+
+@_op("arange", "", lambda t, a: Type("i32", (a["stop"] - a["start"],)), host=True, start="dim", stop="dim")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """start, start+1, ..., stop-1."""
+    return np.arange(a["start"], a["stop"], dtype=np.int32)
+
+
+@_op(
+    "full",
+    "",
+    lambda t, a: Type(a["dtype"], tuple(a["shape"])),
+    host=True,
+    shape="dims",
+    value="float",
+    dtype="str",
+)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """A constant of the given shape and dtype, every entry `value`."""
+    return np.full(a["shape"], a["value"], dtype=DTYPES[a["dtype"]])
+
+
+@_op("cast", "x", lambda t, a: Type(a["dtype"], t[0].shape), host=True, dtype="str")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Conversion between bool, i32 and f32; bool is 0 or 1, nonzero is true, f32 to i32 truncates."""
+    return x[0].astype(DTYPES[a["dtype"]])
+
+
+@_op("cumsum", "x", _same, host=True)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Inclusive running sum of an i32 vector."""
+    return np.cumsum(x[0], dtype=np.int32)
+
+
+@_op("reduce_sum", "x", lambda t, a: Type(t[0].dtype, (1,)), host=True)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Sum of an i32 vector, as a vector of one."""
+    return np.sum(x[0], dtype=np.int32).reshape(1).astype(np.int32)
+
+
+@_op("repeat_each", "x", lambda t, a: Type(t[0].dtype, (t[0].shape[0] * a["times"],)), host=True, times="int")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Every entry of a vector `times` times in a row: (a, b) -> (a, a, b, b)."""
+    return np.repeat(x[0], a["times"])
+
+
+@_op("attention_mask", "query_block key_block key_valid", _mask, host=True)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """[q, k] is true where key_block[k] <= query_block[q] and key_valid[k]: blockwise causal attention."""
+    qb, kb, kv = x
+    return (kb[None, :] <= qb[:, None]) & kv[None, :]
+
+
+# --- layout ----------------------------------------------------------------------------------------------------
+
+
+@_op("concat", "x*", _concat, host=True, axis="int")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Operands joined along `axis`."""
+    return np.concatenate(x, axis=a["axis"])
+
+
+@_op("slice", "x", _slice, host=True, axis="int", start="dim", stop="dim")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """x[start:stop] along `axis`."""
+    return x[0][(slice(None),) * a["axis"] + (slice(a["start"], a["stop"]),)]
+
+
+@_op("reshape", "x", _reshape, host=True, shape="dims")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Same values in row-major order under another shape."""
+    return np.reshape(x[0], a["shape"])
+
+
+@_op("transpose", "x", _transpose, host=True, perm="dims")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Axes permuted: result axis i is operand axis perm[i]."""
+    return np.ascontiguousarray(np.transpose(x[0], a["perm"]))
+
+
+@_op("pad", "x", _pad, host=True, size="int")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Zeros appended to the last axis until it has `size` entries."""
+    return np.pad(x[0], [(0, 0)] * (x[0].ndim - 1) + [(0, a["size"] - x[0].shape[-1])])
+
+
+@_op("tile", "x", _tile, host=True, rows="dim")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """A tensor whose first axis is 1, repeated along it `rows` times."""
+    return np.repeat(x[0], a["rows"], axis=0)
+
+
+@_op("patchify", "pixels", _patchify, host=True, patch="int", block="int")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """[ch, S, S] image to [(S/patch)^2, ch*patch*patch] patches, columns in (channel, row, column) order.
+
+    Rows are row-major over the patch grid for block=1; else over blocks of block x block patches, row-major inside
+    each block, so that a pixel shuffle by `block` of what follows is a reshape.
+    """
+    c, s, _ = x[0].shape
+    p, b = a["patch"], a["block"]
+    g = s // p // b
+    v = x[0].reshape(c, g, b, p, g, b, p).transpose(1, 4, 2, 5, 0, 3, 6)
+    return _f32(v.reshape((g * b) ** 2, c * p * p))
+
+
+@_op("pixel_shuffle", "x", _shuffle, factor="int")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """[g*g, C] on a row-major grid to [(g/f)^2, f*f*C]; channel (dy*f + dx)*C + c comes from cell (dy, dx) of the block."""
+    rows, width = x[0].shape
+    g, f = math.isqrt(rows), a["factor"]
+    v = x[0].reshape(g // f, f, g // f, f, width).transpose(0, 2, 1, 3, 4)
+    return _f32(v.reshape((g // f) ** 2, f * f * width))
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------
+
+
+@_op("add", "x y", _broadcast, host=True)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """x + y; y is broadcast into x's shape."""
+    return (x[0] + x[1]).astype(x[0].dtype)
+
+
+@_op("sub", "x y", _broadcast, host=True)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """x - y; y is broadcast into x's shape."""
+    return (x[0] - x[1]).astype(x[0].dtype)
+
+
+@_op("mul", "x y", _broadcast, host=True)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """x * y; y is broadcast into x's shape."""
+    return (x[0] * x[1]).astype(x[0].dtype)
+
+
+@_op("scale", "x", _float_same, factor="float")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """x * factor, the factor rounded to float32 first."""
+    return _f32(x[0] * np.float32(a["factor"]))
+
+
+@_op("linear", "x weight bias?", _linear)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """x @ weight.T + bias; x [M, K], weight [N, K], bias [N]."""
+    y = _f64(x[0]) @ _f64(x[1]).T
+    return _f32(y + _f64(x[2]) if len(x) > 2 else y)
+
+
+@_op("embed", "ids table", _embed)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Rows of `table` [V, D] picked by i32 ids [N]; ids outside 0..V-1 are an error before any engine runs."""
+    return _f32(x[1][x[0]])
+
+
+@_op("layer_norm", "x weight? bias?", _norm, eps="float")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, biased variance."""
+    v = _f64(x[0])
+    v = v - v.mean(-1, keepdims=True)
+    v = v / np.sqrt((v * v).mean(-1, keepdims=True) + a["eps"])
+    for i, fn in ((1, np.multiply), (2, np.add)):
+        v = fn(v, _f64(x[i])) if len(x) > i else v
+    return _f32(v)
+
+
+@_op("rms_norm", "x weight?", _norm, eps="float")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019). Gemma's 1+w is folded into weight."""
+    v = _f64(x[0])
+    v = v / np.sqrt((v * v).mean(-1, keepdims=True) + a["eps"])
+    return _f32(v * _f64(x[1]) if len(x) > 1 else v)
+
+
+@_op("silu", "x", _float_same)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """x * sigmoid(x)."""
+    v = _f64(x[0])
+    return _f32(v * _sigmoid(v))
+
+
+@_op("sigmoid", "x", _float_same)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """1 / (1 + exp(-x))."""
+    return _f32(_sigmoid(_f64(x[0])))
+
+
+@_op("tanh", "x", _float_same)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """tanh(x)."""
+    return _f32(np.tanh(_f64(x[0])))
+
+
+@_op("relu", "x", _float_same)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """max(x, 0)."""
+    return _f32(np.maximum(x[0], 0))
+
+
+@_op("gelu", "x", _float_same, approximate="str")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """GELU (Hendrycks and Gimpel 2016). approximate="tanh": 0.5x(1+tanh(sqrt(2/pi)(x+0.044715x^3))); "none": erf;
+    "quick": x*sigmoid(1.702x)."""
+    v = _f64(x[0])
+    if a["approximate"] == "tanh":
+        return _f32(v * _sigmoid(2 * math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+    if a["approximate"] == "quick":
+        return _f32(v * _sigmoid(1.702 * v))
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+    return _f32(0.5 * v * (1 + erf(v / math.sqrt(2))))
+
+
+def _sigmoid(v: NpArray) -> NpArray:
+    e = np.exp(-np.abs(v))
+    return np.asarray(np.where(v >= 0, 1 / (1 + e), e / (1 + e)))
+
+
+@_op("softmax", "x", _float_same)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Softmax over the last axis."""
+    v = _f64(x[0])
+    e = np.exp(v - v.max(-1, keepdims=True))
+    return _f32(e / e.sum(-1, keepdims=True))
+
+
+@_op("attention", "q k v mask?", _attention, heads="int", kv_heads="int", scale="float")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """softmax(q k^T * scale, masked) v per head, heads concatenated.
+
+    q [Nq, H*d], k [Nk, G*d], v [Nk, G*e], heads side by side in the columns; query head h reads kv head h // (H/G).
+    mask [Nq, Nk] bool, true = attend. A row with no true entry gives some finite value that nobody may read.
+    """
+    h, g = a["heads"], a["kv_heads"]
+    q, k, v = (_f64(t) for t in x[:3])
+    q = q.reshape(q.shape[0], h, -1).transpose(1, 0, 2)
+    k = np.repeat(k.reshape(k.shape[0], g, -1).transpose(1, 0, 2), h // g, axis=0)
+    v = np.repeat(v.reshape(v.shape[0], g, -1).transpose(1, 0, 2), h // g, axis=0)
+    s = q @ k.transpose(0, 2, 1) * a["scale"]
+    if len(x) > 3:
+        s = np.where(x[3][None], s, -1e30)
+    e = np.exp(s - s.max(-1, keepdims=True))
+    y = (e / e.sum(-1, keepdims=True)) @ v
+    return _f32(y.transpose(1, 0, 2).reshape(y.shape[1], -1))
+
+
+@_op("rope", "x positions", _rope, head_dim="int", base="float")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Rotary position embedding (Su et al. 2021), half-split ("NeoX") form, on every head of x [N, H*d].
+
+    Angle j < d/2 is positions[n] / base^(2j/d); (x1, x2) = halves of a head; result (x1 cos - x2 sin, x2 cos + x1 sin).
+    """
+    d = a["head_dim"]
+    angle = _f64(x[1])[:, None] / float(a["base"]) ** (np.arange(0, d, 2) / d)
+    cos, sin = np.cos(angle)[:, None, :], np.sin(angle)[:, None, :]
+    v = _f64(x[0]).reshape(x[0].shape[0], -1, 2, d // 2)
+    x1, x2 = v[:, :, 0], v[:, :, 1]
+    return _f32(np.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=2).reshape(x[0].shape))
+
+
+@_op("time_embedding", "t", _time, host=True, dim="int", min_period="float", max_period="float")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Sinusoids of t [N, 1]: concat(sin, cos) of 2*pi*t/period, period = min*(max/min)^(i/(dim/2-1)), in float64."""
+    fraction = np.linspace(0.0, 1.0, a["dim"] // 2)
+    period = a["min_period"] * (a["max_period"] / a["min_period"]) ** fraction
+    angle = (2 * math.pi / period)[None, :] * _f64(x[0])
+    return _f32(np.concatenate([np.sin(angle), np.cos(angle)], axis=1))

@@ -1,0 +1,147 @@
+"""What can be plugged in: families, readers, passes, targets. Each registers with a decorator where it is defined.
+
+Built-in ones are found by importing the packages vlac.families, vlac.readers, vlac.passes, vlac.targets; third
+parties' through entry points of the same group names. Nothing is imported before the first look-up.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from vlac.errors import Unsupported
+
+if TYPE_CHECKING:
+    from vlac.artifact import Sidecars
+    from vlac.graph import Program
+    from vlac.policy import Policy
+
+Progress = Callable[[str, int, int], None]
+"""progress(what, done, total): called as work proceeds; total 0 = unknown."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """A Progress that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a model family is drawn. `from_lerobot` is used by the LeRobot reader (see vlac/readers/lerobot.py)."""
+
+    name: str
+    build: Callable[[Policy], Program]
+    from_lerobot: Callable[..., Any] | None = None
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What the user said about reading: --revision, --stats-key, --stats-from, --no-stats, --spec, more by reader.
+
+    `headers_only` = inspect: problems become warnings instead of errors and no tensor data is read.
+    """
+
+    revision: str | None = None
+    stats_key: str | None = None
+    stats_from: str | None = None
+    no_stats: bool = False
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    headers_only: bool = False
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Bytes on disk -> Policy. `detect(path)` is cheap and says whether this reader knows the folder or file."""
+
+    name: str
+    detect: Callable[[Path], bool]
+    read: Callable[[Path, ReadOptions], Policy]
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Policy -> Policy. `params` maps parameter name -> (type, default or None if required, help).
+
+    `requires(policy, **params)` raises Inapplicable with the numbers; `apply` returns the new policy and its figures;
+    `ensures(before, after, **params)` raises if a promise was broken.
+    """
+
+    name: str
+    apply: Callable[..., tuple[Policy, Mapping[str, Any]]]
+    params: Mapping[str, tuple[type, Any, str]] = field(default_factory=dict)
+    requires: Callable[..., None] | None = None
+    ensures: Callable[..., None] | None = None
+    doc: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file layout with a precision.
+
+    Attributes:
+        name: "onnx-int8", "gguf-q8", ...
+        plan: (param name, shape, role) -> format asked for; role is "linear", "embed" or "other" (norms, biases, tables).
+        lower: last rewrites this layout needs (legalise), after the common list.
+        emit: (program with weights and formats, sidecars, temporary folder, options, progress) -> nothing; writes the
+            layout's files into the folder. The caller renames the folder into place.
+        engines: names of engines that can run the result, best first.
+        options: option name -> help (e.g. "single_file").
+    """
+
+    name: str
+    plan: Callable[[str, tuple[int, ...], str], str]
+    lower: Callable[[Program, Mapping[str, Any]], Program]
+    emit: Callable[[Program, Sidecars, Path, Mapping[str, Any], Progress], None]
+    engines: tuple[str, ...]
+    options: Mapping[str, str] = field(default_factory=dict)
+    doc: str = ""
+
+
+E = TypeVar("E", Family, Reader, Pass, Target)
+
+
+class Registry(Generic[E]):
+    """Name -> entry, filled on first look-up from a package's modules and from entry points."""
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self.package = package
+        self._entries: dict[str, E] = {}
+        self._loaded = False
+
+    def add(self, entry: E) -> E:
+        self._entries[entry.name] = entry
+        return entry
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        package = importlib.import_module(self.package)
+        for info in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{info.name}")
+        for point in metadata.entry_points(group=self.package):
+            point.load()
+
+    def get(self, name: str) -> E:
+        """The entry; Unsupported names what there is."""
+        self._load()
+        if name not in self._entries:
+            raise Unsupported(f"no {self.kind} {name!r}; there are: {', '.join(sorted(self._entries))}")
+        return self._entries[name]
+
+    def all(self) -> list[E]:
+        self._load()
+        return [self._entries[k] for k in sorted(self._entries)]
+
+
+families: Registry[Family] = Registry("family", "vlac.families")
+readers: Registry[Reader] = Registry("reader", "vlac.readers")
+passes: Registry[Pass] = Registry("pass", "vlac.passes")
+targets: Registry[Target] = Registry("target", "vlac.targets")

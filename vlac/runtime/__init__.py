@@ -1,0 +1,1 @@
+"""What a robot needs: pixels, state, prompt, actions, session."""

@@ -1,0 +1,97 @@
+"""Dimensions of networks, as frozen dataclasses under the field's own names (Hugging Face config keys).
+
+A family composes these into its own spec; passes find parts by these field names (`spec.vision`, `spec.text`,
+`spec.expert`). `override` applies `--spec text.head_dim=64`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from vlac.errors import Unsupported
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """A ViT tower on square images."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu_pytorch_tanh"
+
+    @property
+    def grid(self) -> int:
+        """Patches per side."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A Llama- or Gemma-like decoder."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int = 0
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    hidden_act: str = "silu"
+
+
+@dataclass(frozen=True)
+class FlowSpec:
+    """A flow-matching sampler: x starts as noise at times[0]=1 and takes len(times) Euler steps of size dts[i]."""
+
+    times: tuple[float, ...]
+    dts: tuple[float, ...]
+    min_period: float = 4e-3
+    max_period: float = 4.0
+    solver: str = "euler"
+
+    @staticmethod
+    def euler(num_steps: int, min_period: float = 4e-3, max_period: float = 4.0) -> FlowSpec:
+        """Uniform steps from t=1 towards 0: t_i = 1 - i/num_steps, never evaluating t=0."""
+        dt = -1.0 / num_steps
+        return FlowSpec(tuple(1.0 + i * dt for i in range(num_steps)), (dt,) * num_steps, min_period, max_period)
+
+
+T = TypeVar("T")
+
+
+def override(spec: T, changes: Mapping[str, Any]) -> T:
+    """`spec` (nested dataclasses) with dotted fields replaced; Unsupported names an unknown field and the known ones."""
+    for dotted, value in changes.items():
+        spec = _override(spec, dotted.split("."), value, dotted)
+    return spec
+
+
+def _override(spec: Any, path: list[str], value: Any, dotted: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(spec)} if dataclasses.is_dataclass(spec) else {}
+    head, rest = path[0], path[1:]
+    if head not in fields:
+        raise Unsupported(
+            f"--spec {dotted}: no field {head!r}; there are {', '.join(fields) or 'none'}",
+            remedy="name a field shown by `vlac inspect`",
+        )
+    old = getattr(spec, head)
+    if rest:
+        return dataclasses.replace(spec, **{head: _override(old, rest, value, dotted)})
+    if dataclasses.is_dataclass(old):
+        raise Unsupported(f"--spec {dotted}: names a group of fields, not one field")
+    try:
+        new = type(old)(value) if not isinstance(old, bool) else str(value).lower() in ("1", "true")
+    except (TypeError, ValueError):
+        raise Unsupported(f"--spec {dotted}={value!r}: expected {type(old).__name__}") from None
+    return dataclasses.replace(spec, **{head: new})

@@ -1,0 +1,110 @@
+"""Lazy tensors: mmapped, mapped, combined, never all in memory.
+
+A `LazyTensor` knows its shape and loads float32 on demand; a `Weights` is an immutable mapping of them.
+Readers make them, passes and rewrites wrap them, targets stream them one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from vlac.errors import CheckpointError
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A float tensor that is read when asked for.
+
+    Attributes:
+        shape: its shape.
+        load_unchecked: returns float32, C order, of `shape`; may be a read-only view of a memory map.
+        dtype: the type on disk ("f32", "f16", "bf16", ...), for reports.
+        source: where it comes from ("model.safetensors: model.state_proj.weight"), for errors.
+    """
+
+    shape: tuple[int, ...]
+    load_unchecked: Callable[[], Array] = field(repr=False, compare=False)
+    dtype: str = "f32"
+    source: str = ""
+
+    def load(self) -> Array:
+        """The values, float32, C order. Raises CheckpointError if they have another shape, NaN or Inf."""
+        array = np.ascontiguousarray(self.load_unchecked(), dtype=np.float32)
+        if array.shape != self.shape:
+            raise CheckpointError(f"{self.source}: values have shape {array.shape}, declared {self.shape}")
+        # min and max carry NaN and Inf through without a temporary of the tensor's size
+        if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
+            bad = int(np.size(array) - np.count_nonzero(np.isfinite(array)))
+            raise CheckpointError(
+                f"{self.source}: {bad} of {array.size} values are NaN or Inf",
+                remedy="the checkpoint is damaged or training diverged; use an earlier one",
+            )
+        return array
+
+    def map(self, fn: Callable[[Array], Array], shape: Sequence[int] | None = None) -> LazyTensor:
+        """The same tensor with `fn` applied when it is loaded; `shape` if `fn` changes the shape."""
+        return LazyTensor(
+            tuple(shape) if shape is not None else self.shape,
+            lambda: fn(self.load()),
+            self.dtype,
+            self.source,
+        )
+
+    @staticmethod
+    def of(array: npt.ArrayLike, source: str = "computed") -> LazyTensor:
+        """A tensor that is already in memory."""
+        value = np.ascontiguousarray(array, dtype=np.float32)
+        return LazyTensor(value.shape, lambda: value, "f32", source)
+
+    @staticmethod
+    def concat(parts: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
+        """Parts joined along `axis`; each is loaded only when the whole is."""
+        first = parts[0]
+        shape = list(first.shape)
+        shape[axis] = sum(p.shape[axis] for p in parts)
+        return LazyTensor(
+            tuple(shape),
+            lambda: np.concatenate([p.load() for p in parts], axis=axis),
+            first.dtype,
+            " + ".join(p.source for p in parts),
+        )
+
+
+class Weights(Mapping[str, LazyTensor]):
+    """An immutable mapping from name to LazyTensor; every change gives a new one."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor] | None = None) -> None:
+        self._tensors: dict[str, LazyTensor] = dict(tensors or {})
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise CheckpointError(f"tensor {name} is missing") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def map(self, name: str, fn: Callable[[Array], Array], shape: Sequence[int] | None = None) -> Weights:
+        """A copy in which one tensor is mapped lazily."""
+        return self.with_(**{name: self[name].map(fn, shape)})
+
+    def with_(self, **tensors: LazyTensor) -> Weights:
+        """A copy with tensors added or replaced (names with dots: pass as ** of a dict)."""
+        return Weights({**self._tensors, **tensors})
+
+    def without(self, *names: str) -> Weights:
+        """A copy without these names."""
+        return Weights({k: v for k, v in self._tensors.items() if k not in names})
