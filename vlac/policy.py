@@ -46,6 +46,7 @@ class Policy:
         kv: format of the key/value cache.
         history: what was applied. source: where it came from. warnings: what a person should know.
         ignored: config keys that do not act on inference, listed by `inspect`.
+        parameters: how many the checkpoint holds, dead ones included (the number people call the model by).
     """
 
     family: str
@@ -61,6 +62,7 @@ class Policy:
     history: tuple[Applied, ...] = ()
     warnings: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    parameters: int = 0
 
     def replace(self, **changes: Any) -> Policy:
         return dataclasses.replace(self, **changes)

@@ -31,12 +31,14 @@ def silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """How a model family is drawn. `from_lerobot` is used by the LeRobot reader (see vlac/readers/lerobot.py)."""
+    """How a model family is drawn. `from_lerobot` is used by the LeRobot reader (see vlac/readers/lerobot.py);
+    `title` is how people write its name ("SmolVLA")."""
 
     name: str
     build: Callable[[Policy], Program]
     from_lerobot: Callable[..., Any] | None = None
     doc: str = ""
+    title: str = ""
 
 
 @dataclass(frozen=True)

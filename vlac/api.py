@@ -1,0 +1,209 @@
+"""What `import vlac` gives: compile, load, inspect. The command line only calls these.
+
+`compile` is the whole way through the house: read, passes, draw, lower, formats, golden answers, emit, put in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlac.errors import Inapplicable, VlacError
+from vlac.registry import Pass, Progress, Target, silent
+
+if TYPE_CHECKING:
+    from vlac.graph import Program
+    from vlac.policy import Policy
+    from vlac.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """Where the artifact is (a folder, or the .gguf file inside it) and its manifest; path is None for a dry run."""
+
+    path: Path | None
+    manifest: Mapping[str, Any]
+
+
+def parse_pass(text: str) -> tuple[str, dict[str, str]]:
+    """ "name:key=value,key=value" -> (name, {key: value}); VlacError shows the form."""
+    name, _, rest = text.partition(":")
+    params: dict[str, str] = {}
+    for part in filter(None, rest.split(",")):
+        key, eq, value = part.partition("=")
+        if not eq or not key:
+            raise VlacError(
+                f"--pass {text!r}: {part!r} is not key=value", remedy="write --pass name:key=value,key=value"
+            )
+        if key in params:
+            raise VlacError(f"--pass {text!r}: {key} is given twice")
+        params[key] = value
+    return name.strip(), params
+
+
+def _typed(entry: Pass, given: Mapping[str, str]) -> dict[str, Any]:
+    unknown = set(given) - set(entry.params)
+    if unknown:
+        raise VlacError(
+            f"pass {entry.name} has no parameter {sorted(unknown)[0]!r}; there are: {', '.join(entry.params) or 'none'}"
+        )
+    values: dict[str, Any] = {}
+    for key, (kind, default, text) in entry.params.items():
+        if key not in given:
+            if default is None:
+                raise VlacError(f"pass {entry.name} needs {key}= ({text})")
+            values[key] = default
+            continue
+        try:
+            values[key] = given[key].lower() in ("1", "true", "yes") if kind is bool else kind(given[key])
+        except ValueError:
+            raise VlacError(f"pass {entry.name}: {key}={given[key]!r} is not {kind.__name__} ({text})") from None
+    return values
+
+
+def apply_passes(policy: Policy, recipe: Sequence[str]) -> Policy:
+    """The recipe applied in order, each pass checked before (requires) and after (ensures) and noted in the history."""
+    from vlac.policy import Applied
+    from vlac.registry import passes
+
+    steps = [(passes.get(name), given) for name, given in map(parse_pass, recipe)]
+    typed = [(entry, _typed(entry, given)) for entry, given in steps]
+    for entry, values in typed:
+        if entry.requires is not None:
+            try:
+                entry.requires(policy, **values)
+            except Inapplicable as error:
+                raise Inapplicable(f"pass {entry.name}: {error.message}", remedy=error.remedy) from None
+        after, figures = entry.apply(policy, **values)
+        if entry.ensures is not None:
+            entry.ensures(policy, after, **values)
+        policy = after.replace(history=(*policy.history, Applied(entry.name, values, figures)))
+    return policy
+
+
+def draw(policy: Policy) -> Program:
+    """The program as the family draws it, checked, with weights that agree in shape."""
+    from vlac.graph import check
+    from vlac.registry import families
+
+    program = check(families.get(policy.family).build(policy))
+    for name, param in program.params.items():
+        if program.weights[name].shape != param.shape:
+            raise VlacError(
+                f"tensor {name} ({program.weights[name].source}) has shape {list(program.weights[name].shape)}, "
+                f"the network needs {list(param.shape)}",
+                remedy="config and weights are of different models, or give --spec; see `vlac inspect`",
+            )
+    return program
+
+
+def lower_for(
+    policy: Policy, target: Target, options: Mapping[str, Any]
+) -> tuple[Program, dict[str, str], dict[str, str]]:
+    """The program ready to emit, the format requested for each tensor, and each tensor's role."""
+    from vlac.graph import check
+    from vlac.lower import assign_formats, lower, roles
+
+    program = lower(draw(policy))
+    program = assign_formats(program, target.plan, policy.precision)
+    requested = {name: p.format for name, p in program.params.items()}
+    role = roles(program)
+    return check(target.lower(program, options)), requested, role
+
+
+def compile(
+    checkpoint: str | Path,
+    target: str = "gguf-q8",
+    out: str | Path = "out/",
+    passes: Sequence[str] = (),
+    spec: Mapping[str, Any] | None = None,
+    stats_key: str | None = None,
+    stats_from: str | None = None,
+    no_stats: bool = False,
+    *,
+    revision: str | None = None,
+    observations: str | Path | None = None,
+    allow_promote: bool = False,
+    single_file: bool = False,
+    dry_run: bool = False,
+    goldens: int = 2,
+    progress: Progress = silent,
+) -> CompileResult:
+    """Compiles a checkpoint to an artifact.
+
+    Args:
+        checkpoint: a local folder or a hub id.
+        target: "onnx-fp32", "gguf-q8", ...; see `vlac list`.
+        out: a folder to write (replaced whole if it holds an earlier artifact), or a .gguf file.
+        passes: "name:key=value,..." in order.
+        spec: dimensions that file and config do not tell ({"text.head_dim": 64}).
+        stats_key, stats_from, no_stats: where the statistics are, if not where they should be.
+        observations: .npz with observations for the golden answers; seeded ones are made without it.
+        allow_promote: accept tensors that end in another format than the target asked for.
+        goldens: how many observations are answered by the fp32 reference and stored.
+
+    Returns: CompileResult. Raises VlacError before anything is written, or with the earlier artifact left whole.
+    """
+    from vlac import manifest as m
+    from vlac.artifact import Sidecars, write_goldens
+    from vlac.checkpoint import read_policy
+    from vlac.goldens import answer, synthetic
+    from vlac.place import check_destination, partial
+    from vlac.registry import ReadOptions, families, targets
+
+    entry = targets.get(target)
+    options: dict[str, Any] = {"single_file": True} if single_file else {}
+    if single_file and "single_file" not in entry.options:
+        raise VlacError(f"target {target} has no --single-file", remedy="it belongs to the onnx targets")
+    destination = Path(out)
+    if not dry_run:
+        check_destination(destination)
+    progress("reading the checkpoint", 0, 0)
+    original = read_policy(
+        str(checkpoint),
+        ReadOptions(revision, stats_key, stats_from, no_stats, dict(spec or {}), headers_only=False),
+    )
+    policy = apply_passes(original, passes)
+    program, requested, role = lower_for(policy, entry, options)
+    table = m.census(requested, program, role)
+    m.refuse_promotion(table, allow_promote)
+    title = families.get(policy.family).title or policy.family
+    if dry_run:
+        return CompileResult(None, m.build(policy, entry, table, role, options, None, "none", title))
+
+    if observations is not None:
+        from vlac.parity import load_observations
+
+        kind, given = "given", tuple(load_observations(Path(observations), policy.io))[: max(1, goldens)]
+    else:
+        kind, given = "synthetic", synthetic(policy.io, max(1, goldens))
+    with partial(destination, table["bytes"] + (64 << 20)) as temp:
+        answered, floor = answer(original, given, progress)
+        manifest = m.build(policy, entry, table, role, options, floor, kind, title)
+        sidecars = Sidecars(str(program), policy.io.to_json(), manifest, policy.tokenizer, write_goldens(answered))
+        entry.emit(program, sidecars, temp, options, progress)
+        from vlac.artifact import open_artifact
+
+        written = open_artifact(temp)
+        final = dict(written.manifest)
+        name = written.path.name if written.container == "gguf" else ""
+    path = destination if not name or destination.suffix == ".gguf" else destination / name
+    return CompileResult(path, final)
+
+
+def load(
+    path: str | Path, engine: str | None = None, threads: int | None = None, options: Mapping[str, Any] | None = None
+) -> Session:
+    """Opens an artifact with an engine: "torch", "onnxruntime", "openvino", "ggml", "numpy"; None = the best present."""
+    from vlac.runtime.session import load as load_session
+
+    return load_session(path, engine=engine, threads=threads, options=options)
+
+
+def inspect(path: str | Path, **options: Any) -> Mapping[str, Any]:
+    """Facts of a checkpoint, a .gguf file or an artifact folder; see vlac.inspect."""
+    from vlac.inspect import inspect as look
+
+    return look(path, **options)
