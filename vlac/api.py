@@ -196,7 +196,7 @@ def compile(
 def load(
     path: str | Path, engine: str | None = None, threads: int | None = None, options: Mapping[str, Any] | None = None
 ) -> Session:
-    """Opens an artifact with an engine: "torch", "onnxruntime", "openvino", "ggml", "numpy"; None = the best present."""
+    """Opens an artifact with an engine ("torch", "onnxruntime", "openvino", "ggml", "numpy"); None = the best here."""
     from vlac.runtime.session import load as load_session
 
     return load_session(path, engine=engine, threads=threads, options=options)

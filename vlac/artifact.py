@@ -36,8 +36,8 @@ class StoredTensor:
     Attributes:
         shape, format: as the program's Param says.
         decode: the float32 values that an engine effectively uses.
-        data: the packed bytes in the format's own layout (read-only uint8 view of the file), None where a layout has its
-            own way (ONNX int8 is stored transposed with separate scales).
+        data: the packed bytes in the format's own layout (read-only uint8 view of the file), None where a layout has
+            its own way (ONNX int8 is stored transposed with separate scales).
     """
 
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Golden observations: what the untouched checkpoint answers in fp32, stored in every artifact so that it can prove itself.
+"""Golden observations: what the untouched checkpoint answers in fp32, kept in every artifact as its proof.
 
 Made at compile time from given observations, or from seeded ones (block pictures, states drawn from the statistics)
 when there are none. The reference is the family's program as drawn, before passes and rewrites.

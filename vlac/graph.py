@@ -4,7 +4,8 @@ A family draws a Program, `lower` rewrites it, a target writes it down, an engin
 comparable, printable; `parse(str(program)) == program`. Weights are named (`@name`) and bound separately.
 
 Standard names of values that the runtime provides to stages (a stage lists those it reads among its inputs):
-  pixels f32[3,S,S] (one camera, preprocessed) | image_valid bool[C] (camera was given) | camera_valid bool[C] (slot takes part)
+  pixels f32[3,S,S] (one camera, preprocessed) | image_valid bool[C] (camera was given)
+  camera_valid bool[C] (slot takes part in the prefix even if its image is absent)
   tokens i32[T] | token_valid bool[T] | state f32[1,S] | noise f32[N,A]
 Everything else a stage reads must be the output of an earlier stage or a carry.
 """

@@ -342,7 +342,7 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
 
 @_op("pixel_shuffle", "x", _shuffle, factor="int")
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
-    """[g*g, C] on a row-major grid to [(g/f)^2, f*f*C]; channel (dy*f + dx)*C + c comes from cell (dy, dx) of the block."""
+    """[g*g, C] on a row-major grid to [(g/f)^2, f*f*C]; channel (dy*f + dx)*C + c is cell (dy, dx) of a block."""
     rows, width = x[0].shape
     g, f = math.isqrt(rows), a["factor"]
     v = x[0].reshape(g // f, f, g // f, f, width).transpose(0, 2, 1, 3, 4)

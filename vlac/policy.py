@@ -1,4 +1,4 @@
-"""A Policy is a checkpoint as a value: spec + weights + io + precision plan + history of passes. Passes map it to another."""
+"""A Policy is a checkpoint as a value: spec, weights, io, precision plan, history. A pass maps it to another."""
 
 from __future__ import annotations
 

@@ -88,7 +88,8 @@ class Target:
 
     Attributes:
         name: "onnx-int8", "gguf-q8", ...
-        plan: (param name, shape, role) -> format asked for; role is "linear", "embed" or "other" (norms, biases, tables).
+        plan: (param name, shape, role) -> format asked for; role is "linear", "embed",
+            "head" (touches raw state, flow state or velocity) or "other" (norms, biases, tables).
         lower: last rewrites this layout needs (legalise), after the common list.
         emit: (program with weights and formats, sidecars, temporary folder, options, progress) -> nothing; writes the
             layout's files into the folder. The caller renames the folder into place.

@@ -1,4 +1,4 @@
-"""What an engine is: it opens an artifact and runs its stages on numpy arrays. Engines know ops and formats, no family."""
+"""What an engine is: it opens an artifact and runs its stages on numpy arrays. It knows ops and formats, no family."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class EngineSession(ABC):
         return out
 
     def close(self) -> None:
-        """Frees native memory; the session cannot be used afterwards."""
+        """Frees native memory; the session cannot be used afterwards. Engines with nothing to free inherit this."""
+        self.info = {}
 
 
 class Engine(ABC):
@@ -62,7 +63,7 @@ class Engine(ABC):
     def open(
         self, artifact: Artifact, *, threads: int | None = None, options: Mapping[str, Any] | None = None
     ) -> EngineSession:
-        """Loads the artifact. Raises EngineError (install, self-test, unsupported op) before anything native can abort."""
+        """Loads the artifact. Raises EngineError (not installed, self-test, unsupported op) before native code can abort."""
 
 
 NAMES = {

@@ -44,6 +44,8 @@ class NumpySession(EngineSession):
 
 
 class NumpyEngine(Engine):
+    """Always there."""
+
     name = "numpy"
 
     def missing(self) -> str:
