@@ -402,7 +402,7 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
 
 @_op("rms_norm", "x weight?", _norm, eps="float")
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019). Gemma's 1+w is folded into weight."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019); Gemma's 1+w is in weight."""
     v = _f64(x[0])
     v = v / np.sqrt((v * v).mean(-1, keepdims=True) + a["eps"])
     return _f32(v * _f64(x[1]) if len(x) > 1 else v)

@@ -71,7 +71,7 @@ T = TypeVar("T")
 
 
 def override(spec: T, changes: Mapping[str, Any]) -> T:
-    """`spec` (nested dataclasses) with dotted fields replaced; Unsupported names an unknown field and the known ones."""
+    """`spec` (nested dataclasses) with dotted fields replaced; Unsupported names an unknown field and those known."""
     for dotted, value in changes.items():
         spec = _override(spec, dotted.split("."), value, dotted)
     return spec

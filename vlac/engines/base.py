@@ -19,7 +19,7 @@ Values = Mapping[str, NpArray]
 class EngineSession(ABC):
     """Stages of one artifact, ready to run.
 
-    Arrays passed in are never modified by the engine, and the caller never modifies an array after passing it: an engine
+    Arrays passed in are never modified by the engine, and the caller never modifies one after passing it: an engine
     may recognise an unchanged input by identity and skip its transfer. Returned arrays belong to the caller.
     """
 
@@ -63,7 +63,7 @@ class Engine(ABC):
     def open(
         self, artifact: Artifact, *, threads: int | None = None, options: Mapping[str, Any] | None = None
     ) -> EngineSession:
-        """Loads the artifact. Raises EngineError (not installed, self-test, unsupported op) before native code can abort."""
+        """Loads the artifact. Raises EngineError (not installed, self-test, unknown op) before native code can abort."""
 
 
 NAMES = {
