@@ -49,3 +49,7 @@ class EngineError(VlacError):
 
 class ProgramError(VlacError):
     """A program breaks a rule of the op table or does not parse."""
+
+
+class VlacWarning(UserWarning):
+    """Something the original does as well, and that a person should know (a prompt that was cut)."""

@@ -1,0 +1,150 @@
+"""From an instruction to token ids: the steps of `IO.text_steps` by name, on the Hugging Face `tokenizers` library.
+
+Truncation is the original's: the first ids stay, and who asked learns what text was lost. Padding ids are 0; they are
+masked, so their value reaches nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlac.errors import ArtifactError, InputError
+from vlac.io import Step
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+PADDINGS = ("max_length", "longest", "do_not_pad")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids i32[T], which of them are real bool[T], and the text that truncation dropped ("" if none)."""
+
+    ids: npt.NDArray[np.int32]
+    valid: npt.NDArray[np.bool_]
+    lost: str = ""
+
+
+def load_tokenizer(data: bytes, where: str = "tokenizer.json") -> Tokenizer:
+    """A tokenizer from the bytes of tokenizer.json; truncation and padding that it carries are switched off."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises plain Exception in some versions, ValueError in others
+        raise ArtifactError(
+            f"{where}: the tokenizer does not load: {error}",
+            remedy="the file is damaged or needs a newer `tokenizers`; copy the artifact again or update the package",
+        ) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def ensure_suffix(text: str, *, suffix: str) -> str:
+    """`text`, with `suffix` appended unless it ends so already."""
+    return text if text.endswith(suffix) else text + suffix
+
+
+def tokenise(
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    max_length: int,
+    padding: str = "longest",
+    truncation: bool = True,
+    add_special_tokens: bool = True,
+) -> Prompt:
+    """`text` as at most `max_length` ids.
+
+    padding "max_length" fills up with id 0, marked not valid; "longest" and "do_not_pad" leave one prompt as it is.
+    A longer text is cut at the right as Hugging Face's fast tokenizers cut it (special tokens keep their place);
+    with truncation=False it is refused.
+    """
+    encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    lost = ""
+    if len(encoding.ids) > max_length:
+        if not truncation:
+            raise InputError(
+                f"the task makes {len(encoding.ids)} tokens, this policy takes {max_length}", remedy="shorten the task"
+            )
+        encoding, lost = _truncate(tokenizer, text, max_length, add_special_tokens)
+    ids = np.asarray(encoding.ids, dtype=np.int32)
+    valid = np.ones(len(ids), dtype=np.bool_)
+    if padding == "max_length":
+        missing = max_length - len(ids)
+        ids, valid = np.pad(ids, (0, missing)), np.pad(valid, (0, missing))
+    return Prompt(ids, valid, lost)
+
+
+def _truncate(tokenizer: Tokenizer, text: str, max_length: int, special: bool) -> tuple[Encoding, str]:
+    plain = tokenizer.encode(text, add_special_tokens=False)
+    room = max(0, max_length - (tokenizer.num_special_tokens_to_add(False) if special else 0))
+    lost = text[plain.offsets[room][0] :]
+    plain.truncate(room)
+    return tokenizer.post_process(plain, None, special), lost
+
+
+def check_text_steps(steps: Iterable[Step], where: str) -> None:
+    """Raises ArtifactError unless the steps are known, have their parameters, and end in one `tokenise`."""
+    steps = tuple(steps)
+    if not steps:
+        return
+    for i, step in enumerate(steps):
+        last = i == len(steps) - 1
+        if step.step not in ("ensure_suffix", "tokenise") or (step.step == "tokenise") != last:
+            raise ArtifactError(
+                f"{where}: step {step.step!r} at place {i} is unknown to this vlac; it knows ensure_suffix, and "
+                "tokenise at the end",
+                remedy="update vlac on this machine, or compile again with this version",
+            )
+    suffix = [s.params.get("suffix") for s in steps[:-1]]
+    length, padding = steps[-1].params.get("max_length"), steps[-1].params.get("padding", "longest")
+    extra = set(steps[-1].params) - {"max_length", "padding", "truncation", "add_special_tokens"}
+    if not all(isinstance(s, str) for s in suffix) or not isinstance(length, int) or length < 1 or extra:
+        raise ArtifactError(f"{where}: wrong parameters {[dict(s.params) for s in steps]}", remedy="compile again")
+    if padding not in PADDINGS:
+        raise ArtifactError(f"{where}: padding {padding!r} is none of {', '.join(PADDINGS)}", remedy="compile again")
+
+
+def max_prompt_tokens(steps: Iterable[Step]) -> int:
+    """The `max_length` of the tokenise step; 0 for a policy that reads no text."""
+    return next((int(s.params["max_length"]) for s in steps if s.step == "tokenise"), 0)
+
+
+def encode_task(steps: Iterable[Step], tokenizer: Tokenizer, task: Any, *, strict: bool = False) -> Prompt:
+    """An instruction through `IO.text_steps`.
+
+    Raises InputError when it is not text, makes no token, or is too long and strict=True.
+    """
+    if not isinstance(task, str):
+        raise InputError(f"task is a {type(task).__name__}, expected text", remedy='give task="pick up the cube"')
+    try:
+        task.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"task {task!r} is not Unicode text: {error.reason}", remedy="decode it as UTF-8") from None
+    text, prompt = task, None
+    for step in steps:
+        params: Mapping[str, Any] = step.params
+        if step.step == "tokenise":
+            prompt = tokenise(tokenizer, text, **params)
+        else:
+            text = ensure_suffix(text, **params)
+    if prompt is None or not prompt.valid.any():
+        raise InputError(f"task {task!r} makes no token", remedy="give an instruction in words")
+    if prompt.lost and strict:
+        raise InputError(
+            f"{truncation_notice(prompt)} (strict=True refuses that)", remedy="shorten the task, or give strict=False"
+        )
+    return prompt
+
+
+def truncation_notice(prompt: Prompt) -> str:
+    """One sentence about what was lost."""
+    return f"the task is longer than {int(prompt.valid.sum())} tokens and is cut as the original cuts it; lost: {prompt.lost!r}"
