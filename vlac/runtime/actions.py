@@ -19,8 +19,8 @@ def take(x: Array, *, size: int) -> Array:
 def unnormalise(x: Array, *, mode: str, eps: float = 1e-8, **stats: Any) -> Array:
     """Inverse of `observation.normalise` on the columns of x [N, action_dim], as LeRobot writes it.
 
-    MEAN_STD: x * std + mean (no eps). MIN_MAX, QUANTILES, QUANTILE10: (x + 1) / 2 * D + low with D = high - low, eps where
-    that is 0. IDENTITY: x. No clamping.
+    MEAN_STD: x * std + mean (no eps). MIN_MAX, QUANTILES, QUANTILE10: (x + 1) / 2 * D + low with D = high - low, eps
+    where that is 0. IDENTITY: x. No clamping.
     """
     if mode == "IDENTITY":
         return x

@@ -1,6 +1,6 @@
 """Camera pictures and robot state, as a policy wants them: the steps of `IO.image_steps` and `IO.state_steps` by name.
 
-The formulas are LeRobot's (resize_with_pad of SmolVLA and pi0, NormalizerProcessorStep), all float32. The bilinear
+The formulas are LeRobot's (resize_with_pad, NormalizerProcessorStep), all float32. The bilinear
 resize agrees with torch's `interpolate(mode="bilinear", align_corners=False, antialias=False)` to 2.4e-7.
 """
 
@@ -38,7 +38,7 @@ STATISTICS = {
 
 @lru_cache(maxsize=64)
 def interpolation_table(size: int, new_size: int) -> tuple[Index, Index, Array, Array]:
-    """Where each of `new_size` samples of an axis of length `size` lies: index, next index, and their two weights [new].
+    """For each of `new_size` samples of an axis of length `size`: index, next index, and their two weights [new_size].
 
     torch's area_pixel_compute_source_index: source = size/new * (i + 0.5) - 0.5, not below 0. Its float32 kernel
     contracts that to one fused multiply-add, which float64 with one rounding reproduces; two roundings would move
@@ -75,10 +75,10 @@ def resize_bilinear(x: Array, height: int, width: int) -> Array:
 
 
 def resize_with_pad(x: Array, *, width: int, height: int, align: str = "right-bottom", value: float = 0.0) -> Array:
-    """x [3, H, W] scaled to fit into width x height with its aspect kept (sizes truncated), the rest filled with `value`.
+    """x [3, H, W] scaled to fit into width x height, aspect kept and sizes truncated; the rest is filled with `value`.
 
-    align "right-bottom": the picture sits at the right and the bottom, padding is left and above (SmolVLA);
-    "center": padding on both sides, the odd pixel right and below (pi0). A picture of the right size is not touched.
+    align "right-bottom": the picture sits at the right and the bottom, padding is left and above; "center": padding on
+    both sides, the odd pixel right and below. A picture of the right size is not touched.
     """
     h, w = x.shape[1:]
     if (h, w) == (height, width):
@@ -118,8 +118,8 @@ def _statistic(stats: Mapping[str, Any], name: str, rank: int) -> Array:
 def normalise(x: Array, *, mode: str, eps: float = 1e-8, **stats: Any) -> Array:
     """LeRobot's normalisation of a state [d] or of a picture [3, H, W] (then one statistic per channel).
 
-    MEAN_STD: (x - mean) / (std + eps). MIN_MAX, QUANTILES, QUANTILE10: 2 (x - low) / D - 1 with D = high - low, eps where
-    that is 0. IDENTITY: x. No clamping.
+    MEAN_STD: (x - mean) / (std + eps). MIN_MAX, QUANTILES, QUANTILE10: 2 (x - low) / D - 1 with D = high - low, eps
+    where that is 0. IDENTITY: x. No clamping.
     """
     if mode == "IDENTITY":
         return x
@@ -213,7 +213,7 @@ def to_planes(image: Any, camera: str = "image") -> Array:
         )
     planes = np.ascontiguousarray(x.transpose(2, 0, 1), dtype=np.float32)
     low, high = float(planes.min()), float(planes.max())  # NaN and Inf come through
-    if not (-FLOAT_SLACK <= low and high <= 1 + FLOAT_SLACK):
+    if not (low >= -FLOAT_SLACK and high <= 1 + FLOAT_SLACK):
         raise InputError(
             f"camera {camera}: float pixels reach from {low:g} to {high:g}, expected [0, 1]",
             remedy="give uint8 0..255, or divide by 255; do not normalise to [-1, 1], the policy does that itself",
@@ -250,30 +250,33 @@ def _layout_error(x: npt.NDArray[Any], camera: str) -> InputError:
     return InputError(found, remedy="give a uint8 array [H, W, 3]")
 
 
-Size = Union[int, tuple[int, int], Sequence[Step]]
+def letterbox(width: int, height: int) -> tuple[Step, ...]:
+    """The steps most policies of this kind were trained with: fit, pad left and above with black, [0, 1] to [-1, 1]."""
+    return (
+        Step("resize_with_pad", {"width": width, "height": height, "align": "right-bottom", "value": 0.0}),
+        Step("affine", {"scale": 2.0, "offset": -1.0}),
+    )
 
 
-def preprocess_image(image: Any, target: Size = 512, height: int | None = None, *, camera: str = "image") -> Array:
+def preprocess_image(
+    image: Any, target: Union[int, tuple[int, int], Sequence[Step]] = 512, *, camera: str = "image"
+) -> Array:
     """A camera picture of any size as the pixels that a vision tower reads.
 
     Args:
         image: uint8 [H, W, 3] RGB, float [H, W, 3] in [0, 1], or a PIL.Image in mode RGB.
-        target: what to make of it. An int: a square of that side; (width, height), or width with `height`: that size;
-            either way SmolVLA's letterbox (padding left and above) and values in [-1, 1]. Or a policy's own steps:
-            `artifact.io.image_steps`.
-        height: see target.
+        target: a policy's own steps (`artifact.io.image_steps`); or the size of a `letterbox`: (width, height), or one
+            number for a square.
         camera: a name for error messages.
 
     Returns: float32 [3, height, width].
     Raises: InputError that names the camera.
     """
     if isinstance(target, int):
-        target = (target, target if height is None else height)
-    steps: Sequence[Step]
-    if isinstance(target, tuple) and len(target) == 2 and all(isinstance(t, int) for t in target):
-        steps = smolvla_image_steps(int(target[0]), int(target[1]))  # type: ignore[call-overload]
-    else:
-        steps = target  # type: ignore[assignment]
+        target = (target, target)
+    steps = [t for t in target if isinstance(t, Step)]
+    if sizes := [t for t in target if isinstance(t, int)]:
+        steps.extend(letterbox(*sizes))
     try:
         return np.ascontiguousarray(apply_steps(IMAGE_STEPS, steps, to_planes(image, camera)))
     except InputError as error:
@@ -283,7 +286,7 @@ def preprocess_image(image: Any, target: Size = 512, height: int | None = None, 
 
 
 def pad_state(state: npt.ArrayLike, size: int = 32) -> Array:
-    """A (normalised) state [..., d] with zeros appended: float32 [..., size]. InputError when d > size or not finite."""
+    """A state [..., d] with zeros appended: float32 [..., size]. InputError when d > size, or NaN or Inf is in it."""
     return pad(finite_vector(state, "state"), size=size)
 
 

@@ -147,4 +147,5 @@ def encode_task(steps: Iterable[Step], tokenizer: Tokenizer, task: Any, *, stric
 
 def truncation_notice(prompt: Prompt) -> str:
     """One sentence about what was lost."""
-    return f"the task is longer than {int(prompt.valid.sum())} tokens and is cut as the original cuts it; lost: {prompt.lost!r}"
+    kept = int(prompt.valid.sum())
+    return f"the task is longer than {kept} tokens and is cut as the original cuts it; lost: {prompt.lost!r}"
