@@ -174,7 +174,7 @@ def compile(
         return CompileResult(None, m.build(policy, entry, table, role, options, None, "none", title))
 
     if observations is not None:
-        from vlac.parity import load_observations
+        from vlac.observations import load_observations
 
         kind, given = "given", tuple(load_observations(Path(observations), policy.io))[: max(1, goldens)]
     else:
