@@ -1,8 +1,8 @@
 """Storage formats of tensors: names, block geometry, bytes; encode float32 to bytes and back.
 
-Block formats are ggml's (a row is cut into blocks of `block` values, each `block_bytes` long). "int8" and "int4" are the
-ONNX forms: symmetric, int8 with one float32 scale per output row, int4 with one per 32 inputs of a row; how a folder
-artifact lays out their parts is in vlac/layouts.py.
+Block formats are ggml's (a row is cut into blocks of `block` values, each `block_bytes` long). "int8" and "int4" are
+the ONNX forms: symmetric, int8 with one float32 scale per output row, int4 with one per 32 inputs of a row; how a
+folder artifact lays out their parts is in vlac/layouts.py.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def encode(fmt: str, values: F32) -> Bytes:
     numpy, bit-equal to ggml's reference quantizers; iq4_nl and the K-quants are packed by ggml's `ggml_quantize_chunk`
     and raise EngineError when no ggml library is installed. Equal values give equal bytes.
     """
-    form = _ggml_format(fmt)
+    form, type_id = _ggml_format(fmt)
     array = np.ascontiguousarray(values, dtype=np.float32)
     _check_row(form, array.shape)
     if fmt == "f32":
@@ -92,7 +92,7 @@ def encode(fmt: str, values: F32) -> Bytes:
         return _encode_numpy(form, array.reshape(-1))
     from vlac.engines.ggml_lib import quantize
 
-    return quantize(form.ggml_type, array.reshape(-1, form.block), form.block_bytes)
+    return quantize(type_id, array.reshape(-1, form.block), form.block_bytes)
 
 
 def decode(fmt: str, data: Bytes, shape: Sequence[int]) -> F32:
@@ -100,7 +100,7 @@ def decode(fmt: str, data: Bytes, shape: Sequence[int]) -> F32:
 
     Raises Unsupported when the row does not suit the format, ValueError when the byte count does not match.
     """
-    form = _ggml_format(fmt)
+    form, _ = _ggml_format(fmt)
     _check_row(form, shape)
     raw = np.ascontiguousarray(data, dtype=np.uint8).reshape(-1)
     if raw.size != form.nbytes(shape):
@@ -115,13 +115,13 @@ def decode(fmt: str, data: Bytes, shape: Sequence[int]) -> F32:
     return out.reshape(shape)
 
 
-def _ggml_format(fmt: str) -> Format:
+def _ggml_format(fmt: str) -> tuple[Format, int]:
     form = get_format(fmt)
     if form.ggml_type is None:
         raise Unsupported(
             f"format {fmt} has no packed form of its own (it is ONNX's)", remedy="see vlac.layouts for folder artifacts"
         )
-    return form
+    return form, form.ggml_type
 
 
 def _check_row(form: Format, shape: Sequence[int]) -> None:
@@ -255,7 +255,7 @@ def _get_q5_k(b: Bytes) -> F32:
     q = _nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     # bit j of byte l of the 32 high bytes belongs to value l of sub-block j
     high = (b[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[None, :, None]) & 1
-    return _affine_k(b, q | (high << 4))
+    return _affine_k(b, q | (high << 4).astype(np.uint8))
 
 
 def _get_q6_k(b: Bytes) -> F32:

@@ -1,8 +1,8 @@
 """ggml's shared libraries through ctypes: where prebuilt ones are found, which is trusted, and how they are called.
 
-Nobody has to compile: several PyPI wheels ship libggml. `PROVIDERS` lists them in order of preference; one is chosen per
-process, after a self-test in a subprocess (a failed assertion inside ggml kills the process it happens in). The result
-of the self-test is remembered in the user's cache folder, keyed by the files and the CPU.
+Nobody has to compile: several PyPI wheels ship libggml. `PROVIDERS` lists them in order of preference; one is chosen
+per process, after a self-test in a subprocess (a failed assertion inside ggml kills the process it happens in). Its
+result is remembered in the user's cache folder, keyed by the files and the CPU.
 
 VLAC_GGML_LIB names a folder with the libraries instead; VLAC_GGML_PROVIDER picks one provider by name.
 """
@@ -249,6 +249,7 @@ _SUFFIX = {"win32": ("", ".dll"), "darwin": ("lib", ".dylib")}.get(sys.platform,
 
 
 def library(directory: Path, stem: str) -> Path:
+    """File of libggml ("ggml") or one of its parts ("ggml-base") as this system names it."""
     return directory / f"{_SUFFIX[0]}{stem}{_SUFFIX[1]}"
 
 
@@ -325,7 +326,8 @@ def _cache_file(directory: Path) -> Path | None:
 def check(directory: Path) -> str:
     """The name of the CPU library to load from a folder ("" if it has one built in), after its self-test passed.
 
-    The self-test runs in a subprocess once; later calls read the remembered result. Raises EngineError with what it said.
+    The self-test runs in a subprocess once; later calls read its remembered result. Raises EngineError with what it
+    said.
     """
     cache = _cache_file(directory)
     if cache is not None:
@@ -375,7 +377,7 @@ _lock = threading.Lock()
 
 
 def load() -> Ggml:
-    """The process's ggml: the first provider of the chain whose self-test passes. Raises EngineError naming each refusal.
+    """The process's ggml: the first provider of the chain whose self-test passes; EngineError names each refusal.
 
     A second provider cannot be loaded into one process: its libraries would bind to the first one's by name.
     """

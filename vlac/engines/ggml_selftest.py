@@ -1,7 +1,7 @@
 """Decides whether a folder of ggml libraries can be trusted: struct layout, type table and numbers against numpy.
 
-Run as `python -m vlac.engines.ggml_selftest FOLDER`; prints {"cpu_library": name} and exits 0, or says what is wrong and
-exits 1. It is run in a process of its own, because a failed assertion inside ggml aborts the process.
+Run as `python -m vlac.engines.ggml_selftest FOLDER`; prints {"cpu_library": name} and exits 0, or says what is wrong
+and exits 1. It is run in a process of its own, because a failed assertion inside ggml aborts the process.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def compute(lib: Ggml, draw: Draw, leaves: Sequence[tuple[int, Array]], shape: t
     backend = lib.backend(2)
     status = lib.backend_graph_compute(backend, graph)
     _need(status == 0, f"graph_compute gave {status}")
-    data = (ctypes.c_char * (4 * int(np.prod(shape)))).from_address(Tensor.from_address(out).data)
-    result = np.frombuffer(data, dtype=np.float32).reshape(shape).copy()
+    result = np.empty(shape, dtype=np.float32)
+    ctypes.memmove(result.ctypes.data, Tensor.from_address(out).data, result.nbytes)
     lib.backend_free(backend)
     lib.backend_buffer_free(buffer)
     lib.free(context)
@@ -117,13 +117,10 @@ def check_numbers(lib: Ggml) -> None:
     x, w = draw((70, 256)).astype(np.float32), draw((48, 256)).astype(np.float32)
     for name, limit in (("f32", 1e-5), ("q8_0", 2e-2), ("q4_k", 2e-2)):
         form = FORMATS[name]
-        packed = np.empty((48, form.nbytes((256,))), dtype=np.uint8)
-        if name == "f32":
-            packed = w.view(np.uint8)
-        else:
-            lib.quantize_chunk(form.ggml_type, w.ctypes.data, packed.ctypes.data, 0, 48, 256, None)
+        packed: Array = np.empty((48, form.nbytes((256,))), dtype=np.uint8)
+        lib.quantize_chunk(form.ggml_type, w.ctypes.data, packed.ctypes.data, 0, 48, 256, None)
         want = x @ decode(name, packed.reshape(-1), (48, 256)).T
-        leaves = [(form.ggml_type or 0, packed), (0, x)]
+        leaves: list[tuple[int, Array]] = [(form.ggml_type or 0, packed), (0, x)]
         _close(f"mul_mat {name}", compute(lib, lambda g, c, t: g.mul_mat(c, *t), leaves, (70, 48)), want, limit)
     positions = np.arange(70, dtype=np.int32)
 
