@@ -205,7 +205,8 @@ def to_planes(image: Any, camera: str = "image") -> Array:
     if x.ndim != 3 or x.shape[2] != 3 or x.size == 0:
         raise _layout_error(x, camera)
     if x.dtype == np.uint8:
-        return np.divide(x.transpose(2, 0, 1), np.float32(255), dtype=np.float32, order="C")
+        scaled: Array = np.divide(x.transpose(2, 0, 1), np.float32(255), dtype=np.float32, order="C")
+        return scaled
     if x.dtype.kind != "f":
         raise InputError(
             f"camera {camera}: pixels are {x.dtype}, expected uint8 (0..255) or float in [0, 1]",

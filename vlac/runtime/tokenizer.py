@@ -75,11 +75,10 @@ def tokenise(
                 f"the task makes {len(encoding.ids)} tokens, this policy takes {max_length}", remedy="shorten the task"
             )
         encoding, lost = _truncate(tokenizer, text, max_length, add_special_tokens)
-    ids = np.asarray(encoding.ids, dtype=np.int32)
-    valid = np.ones(len(ids), dtype=np.bool_)
-    if padding == "max_length":
-        missing = max_length - len(ids)
-        ids, valid = np.pad(ids, (0, missing)), np.pad(valid, (0, missing))
+    count = len(encoding.ids)
+    size = max_length if padding == "max_length" else count
+    ids, valid = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.bool_)
+    ids[:count], valid[:count] = encoding.ids, True
     return Prompt(ids, valid, lost)
 
 

@@ -1,0 +1,149 @@
+"""Runs a program's schedule on an engine: which stage when, values handed on by name, every input checked before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import numpy as np
+
+from vlac.engines.base import EngineSession
+from vlac.errors import ArtifactError, EngineError
+from vlac.graph import Call, Program, Repeat, Stage
+from vlac.ops import DTYPES
+from vlac.runtime.inputs import bind
+from vlac.runtime.observation import Array
+
+NpArray = np.ndarray[Any, Any]
+Taps = MutableMapping[str, NpArray]
+Stats = MutableMapping[str, float]
+
+
+def execute(
+    program: Program,
+    engine: EngineSession,
+    env: Mapping[str, NpArray],
+    symbols: Mapping[str, int],
+    taps: Taps | None = None,
+    stats: Stats | None = None,
+) -> Array:
+    """The normalised chunk f32 [N, A] of one prepared observation.
+
+    Args:
+        env, symbols: from `prepare`.
+        taps: if given, collects the outputs of every stage by name, and the carried value of a repeated stage after
+            each turn ("x_after_step0", ...).
+        stats: if given, collects milliseconds per stage ("vision_ms": all cameras together, ...).
+
+    Raises: EngineError when an input of a stage does not fit, or the chunk is not finite.
+    """
+    values: dict[str, NpArray] = dict(env)
+    for step in program.schedule.steps:
+        stage = program.stage(step.stage)
+        started = time.perf_counter()
+        if isinstance(step, Repeat):
+            out = _repeat(program, engine, step, values, symbols, taps)
+        elif step.each == "camera":
+            out = _each_camera(program, engine, step, values, symbols)
+        elif step.each:
+            raise ArtifactError(f"schedule calls {step.stage} for each {step.each!r}, which this vlac does not know")
+        else:
+            out = engine.run(stage.name, checked(program, stage, values, symbols), symbols)
+        if stats is not None:
+            key = f"{stage.name}_ms"
+            stats[key] = stats.get(key, 0.0) + (time.perf_counter() - started) * 1e3
+        values.update(out)
+        if taps is not None:
+            taps.update(out)
+    return finite_chunk(values[program.schedule.result], engine.engine)
+
+
+def finite_chunk(chunk: NpArray, engine: str) -> Array:
+    """The chunk as float32 [N, A]; EngineError when it has another rank or holds NaN or Inf."""
+    if chunk.ndim != 2:
+        raise EngineError(f"engine {engine} returned a chunk of shape {list(chunk.shape)}, expected [N, A]")
+    bad = chunk.size - int(np.count_nonzero(np.isfinite(chunk)))
+    if bad:
+        raise EngineError(
+            f"engine {engine}: {bad} of {chunk.size} values of the chunk are NaN or Inf; it is not passed on",
+            remedy="stop the robot; run `vlac parity` on the artifact, and try another engine or a wider format",
+        )
+    return np.ascontiguousarray(chunk, dtype=np.float32)
+
+
+def checked(
+    program: Program, stage: Stage, values: Mapping[str, NpArray], symbols: Mapping[str, int]
+) -> dict[str, NpArray]:
+    """The inputs of one stage, with the shapes and dtypes of its bucket; EngineError names the one that does not fit."""
+    result: dict[str, NpArray] = {}
+    for name, kind in stage.inputs:
+        value = values.get(name)
+        if value is None:
+            raise EngineError(f"stage {stage.name}: nothing gives its input {name}", remedy="compile again")
+        shape = tuple(bind(d, symbols) for d in kind.shape)
+        if value.shape != shape or value.dtype != DTYPES[kind.dtype]:
+            raise EngineError(
+                f"stage {stage.name}: input {name} is {value.dtype}{list(value.shape)}, "
+                f"the program wants {kind.dtype}{list(shape)}"
+            )
+        result[name] = value
+    _check_rows(program, stage, result)
+    return result
+
+
+def _check_rows(program: Program, stage: Stage, inputs: Mapping[str, NpArray]) -> None:
+    """Ids that pick rows of a table must lie inside it: an engine would read past its end."""
+    if all(kind.dtype != "i32" for _, kind in stage.inputs):
+        return
+    for node in stage.nodes:
+        if node.op != "embed" or node.inputs[0] not in inputs or not node.inputs[1].startswith("@"):
+            continue
+        ids, rows = inputs[node.inputs[0]], program.params[node.inputs[1][1:]].shape[0]
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= rows):
+            raise EngineError(
+                f"stage {stage.name}: {node.inputs[0]} holds {int(ids.min())}..{int(ids.max())}, "
+                f"table {node.inputs[1][1:]} has rows 0..{rows - 1}"
+            )
+
+
+def _each_camera(
+    program: Program, engine: EngineSession, step: Call, values: Mapping[str, NpArray], symbols: Mapping[str, int]
+) -> dict[str, NpArray]:
+    """The stage for every camera that was given; outputs joined along axis 0 in slot order, zeros for the others."""
+    stage = program.stage(step.stage)
+    pixels, given = values["pixels"], values["image_valid"]
+    found: dict[int, dict[str, NpArray]] = {}
+    for slot in np.flatnonzero(given):
+        inputs = checked(program, stage, {**values, "pixels": pixels[slot]}, symbols)
+        found[int(slot)] = engine.run(stage.name, inputs, symbols)
+    first = next(iter(found.values()))
+    blank = {name: np.zeros_like(first[name]) for name in stage.outputs}
+    rows = [found.get(slot, blank) for slot in range(len(pixels))]
+    return {name: np.concatenate([row[name] for row in rows], axis=0) for name in stage.outputs}
+
+
+def _repeat(
+    program: Program,
+    engine: EngineSession,
+    step: Repeat,
+    values: Mapping[str, NpArray],
+    symbols: Mapping[str, int],
+    taps: Taps | None,
+) -> dict[str, NpArray]:
+    stage = program.stage(step.stage)
+    start = {into: values[initial] for _, into, initial in step.carry}
+    for i in (0, step.times - 1):  # the first turn's inputs, and the last index a table is asked for
+        inputs = checked(program, stage, {**values, **start, step.index: np.array([i], dtype=np.int32)}, symbols)
+    if taps is None:
+        inputs.update({initial: values[initial] for _, _, initial in step.carry})
+        return engine.repeat(step, inputs, symbols)
+    out: dict[str, NpArray] = {}
+    inputs.update(start)
+    for i in range(step.times):
+        inputs = {**inputs, step.index: np.array([i], dtype=np.int32)}
+        out = engine.run(stage.name, inputs, symbols)
+        for name, into, _ in step.carry:
+            inputs[into] = out[name]
+            taps[f"{into}_after_step{i}"] = np.array(out[name])
+    return out

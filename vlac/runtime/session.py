@@ -1,0 +1,286 @@
+"""A policy on a robot: `load` picks an engine and checks the artifact, `Session.act` turns an observation into a chunk.
+
+`prepare` (observation -> arrays) and `execute` (arrays -> normalised chunk) are its two halves, used alone by parity and
+at compile time for golden answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+import warnings as python_warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from vlac.artifact import Artifact, open_artifact
+from vlac.engines.base import Engine, EngineSession, get_engine
+from vlac.errors import ArtifactError, EngineError, InputError, VlacWarning
+from vlac.io import IO
+from vlac.runtime.actions import ACTION_STEPS, apply_action_steps
+from vlac.runtime.inputs import Prepared, bind, prepare, resolve_units, runtime_types
+from vlac.runtime.observation import IMAGE_STEPS, STATE_STEPS, Array, apply_steps, check_steps
+from vlac.runtime.schedule import execute, finite_chunk
+from vlac.runtime.tokenizer import check_text_steps, load_tokenizer, max_prompt_tokens
+
+__all__ = ["HParams", "Prepared", "Session", "execute", "load", "prepare"]
+
+ANY_ARTIFACT = ("torch", "numpy")
+"""Engines that run any artifact's program, whether its target lists them or not."""
+
+
+@dataclass(frozen=True)
+class HParams(Mapping[str, Any]):
+    """What a caller must know about a policy; read as attributes or as a mapping.
+
+    cameras: feature keys in the order the network sees them; camera_names: their last parts, which `act` takes as well.
+    chunk_size: rows of a chunk; n_action_steps: how many of them to execute before asking again.
+    units: "robot", or "normalized" for a policy compiled without statistics.
+    """
+
+    cameras: tuple[str, ...]
+    camera_names: tuple[str, ...]
+    max_missing_cameras: int
+    image_size: int
+    state_dim: int
+    action_dim: int
+    action_names: tuple[str, ...]
+    max_action_dim: int
+    chunk_size: int
+    n_action_steps: int
+    tokenizer_max_length: int
+    vocab_size: int
+    units: str
+    family: str
+    name: str
+    target: str
+    engine: str
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.__dataclass_fields__:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dataclass_fields__)
+
+    def __len__(self) -> int:
+        return len(self.__dataclass_fields__)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.__dataclass_fields__
+
+
+def load(
+    path: str | Path,
+    engine: str | None = None,
+    threads: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Session:
+    """Opens an artifact for acting.
+
+    Args:
+        path: the folder that `vlac compile` wrote, or a .gguf file.
+        engine: "onnxruntime", "openvino", "ggml", "torch", "numpy"; None takes the artifact's best that is installed.
+        threads: CPU threads; None lets the engine choose.
+        options: for the engine.
+
+    Raises:
+        ArtifactError: the artifact is broken. EngineError: the engine is missing or cannot run it.
+    """
+    return Session(open_artifact(path), engine=engine, threads=threads, options=options)
+
+
+def choose_engine(artifact: Artifact, name: str | None) -> Engine:
+    """The engine asked for, or the first of the artifact's own that is installed; EngineError tells what to install."""
+    where = f"{artifact.path} ({artifact.manifest.get('target', 'unknown target')})"
+    if name is not None:
+        able = tuple(dict.fromkeys((*artifact.engines, *ANY_ARTIFACT)))
+        if name not in able:
+            raise EngineError(f"{where} does not run on engine {name!r}", remedy=f"choose one of {', '.join(able)}")
+        engine = get_engine(name)
+        if why := engine.missing():
+            raise EngineError(f"engine {name} cannot be used here: {why}", remedy=f"install it to run {where}")
+        return engine
+    reasons = []
+    for candidate in artifact.engines:
+        engine = get_engine(candidate)
+        why = engine.missing()
+        if not why:
+            return engine
+        reasons.append(f"{candidate}: {why}")
+    raise EngineError(
+        "\n  ".join([f"no engine for {where} is installed", *reasons]),
+        remedy="install one of them; engine='numpy' needs nothing and is far too slow for a robot",
+    )
+
+
+def check_io(artifact: Artifact) -> None:
+    """The io description against itself and against the program, so that nothing of it fails later on a robot.
+
+    Raises ArtifactError naming the list and step.
+    """
+    io, where = artifact.io, f"{artifact.path}: io"
+    check_steps(IMAGE_STEPS, io.image_steps, f"{where}.image_steps", 3)
+    check_steps(STATE_STEPS, io.state_steps, f"{where}.state_steps", io.state_dim)
+    check_steps(ACTION_STEPS, io.action_steps, f"{where}.action_steps", io.action_dim)
+    check_steps(ACTION_STEPS, io.normalised_action_steps, f"{where}.normalised_action_steps", io.action_dim)
+    check_text_steps(io.text_steps, f"{where}.text_steps")
+    wanted = runtime_types(artifact.program)
+    sizes = {"noise": (io.chunk_size, io.max_action_dim)}
+    try:
+        if io.state_dim:
+            sizes["state"] = apply_steps(STATE_STEPS, io.state_steps, np.zeros((1, io.state_dim), np.float32)).shape
+        for steps in (io.action_steps, io.normalised_action_steps):
+            rows = apply_action_steps(steps, np.zeros((1, io.max_action_dim), np.float32))
+            if rows.shape != (1, io.action_dim):
+                raise InputError(f"actions come out with {rows.shape[1]} columns, action_dim is {io.action_dim}")
+    except (InputError, ValueError) as error:
+        raise ArtifactError(f"{where}: the steps do not fit: {error}", remedy="compile again") from None
+    for name, size in sizes.items():
+        if name in wanted and tuple(bind(d, {}) for d in wanted[name].shape) != size:
+            raise ArtifactError(f"{where}: {name} is {list(size)}, the program reads {wanted[name]}")
+
+
+class Session:
+    """An artifact on an engine. Calls from several threads wait for one another.
+
+    Attributes:
+        hparams: see HParams. info: engine, versions, threads, as a bench report should name them.
+        stats: milliseconds of the last `act`: preprocess_ms, one entry per stage (vision_ms, prefix_ms, flow_ms),
+            total_ms; empty before.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        engine: str | None = None,
+        threads: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise EngineError(f"threads={threads!r}, expected a number of at least 1", remedy="leave it out")
+        check_io(artifact)
+        self.artifact = artifact
+        self._tokenizer = (
+            load_tokenizer(artifact.tokenizer, f"{artifact.path}: tokenizer") if artifact.tokenizer else None
+        )
+        chosen = choose_engine(artifact, engine)
+        self._engine: EngineSession | None = chosen.open(artifact, threads=threads, options=options)
+        self._lock = threading.Lock()
+        self._noted: tuple[str, ...] = ()
+        self.stats: dict[str, float] = {}
+        self.hparams = _hparams(artifact, chosen.name)
+        self.info: dict[str, Any] = {
+            **self._engine.info,
+            "engine": chosen.name,
+            "artifact": str(artifact.path),
+            "container": artifact.container,
+            "target": self.hparams.target,
+        }
+
+    @property
+    def io(self) -> IO:
+        """What goes in and comes out, as data."""
+        return self.artifact.io
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should know: from compiling, and from the last `act`."""
+        return (*(str(w) for w in self.artifact.manifest.get("warnings", ())), *self._noted)
+
+    def act(
+        self,
+        images: Mapping[str, Any] | None = None,
+        state: Any = None,
+        task: str | None = None,
+        tokens: Any = None,
+        mask: Any = None,
+        noise: Any = None,
+        seed: int | None = None,
+        units: str | None = None,
+        strict: bool = False,
+    ) -> Array:
+        """One observation -> one action chunk, float32 [chunk_size, action_dim].
+
+        Args:
+            images: camera (feature key or its last part) -> uint8 [H, W, 3] RGB of any size; also float [H, W, 3] in
+                [0, 1], or an RGB PIL.Image.
+            state: [state_dim], raw, in the robot's units; with units="normalized" already normalised.
+            task: the instruction. Or tokens: ids [T], with mask: bool [T], true = real token.
+            noise: [chunk_size, max_action_dim] float32 to start the sampler from (a leading 1 is allowed); or seed: of a
+                PCG64 generator that draws it; neither: fresh noise.
+            units: "robot" or "normalized", for state and chunk; None = the artifact's own (`hparams.units`).
+            strict: refuse a task that is longer than the policy's prompt instead of cutting it as the original does.
+
+        Raises:
+            InputError: names the camera, state, task, tokens or noise that does not fit.
+            EngineError: the engine failed, or the chunk has NaN or Inf (it is never returned).
+        """
+        with self._lock:
+            if self._engine is None:
+                raise EngineError("this session is closed", remedy="load the artifact again")
+            started = time.perf_counter()
+            units = resolve_units(self.io, units)
+            ready = prepare(
+                self.io,
+                self._tokenizer,
+                self.artifact.program,
+                images=images,
+                state=state,
+                task=task,
+                tokens=tokens,
+                mask=mask,
+                noise=noise,
+                seed=seed,
+                units=units,
+                strict=strict,
+            )
+            stats = {"preprocess_ms": (time.perf_counter() - started) * 1e3}
+            x = execute(self.artifact.program, self._engine, ready.env, ready.symbols, stats=stats)
+            steps = self.io.action_steps if units == "robot" else self.io.normalised_action_steps
+            chunk = finite_chunk(apply_action_steps(steps, x), self._engine.engine)
+            stats["total_ms"] = (time.perf_counter() - started) * 1e3
+            self.stats, self._noted = stats, ready.warnings
+        for text in ready.warnings:
+            python_warnings.warn(text, VlacWarning, stacklevel=2)
+        return chunk
+
+    def close(self) -> None:
+        """Frees the engine's memory; `act` fails afterwards. Closing twice is fine."""
+        with self._lock:
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        h = self.hparams
+        return f"Session({h.name}, {h.target} on {h.engine}, chunk {h.chunk_size} x {h.action_dim})"
+
+
+def _hparams(artifact: Artifact, engine: str) -> HParams:
+    io, manifest = artifact.io, artifact.manifest
+    same = {f.name for f in dataclasses.fields(HParams)} & {f.name for f in dataclasses.fields(IO)} - {"cameras"}
+    return HParams(
+        cameras=tuple(c.key for c in io.cameras),
+        camera_names=tuple(c.name for c in io.cameras),
+        tokenizer_max_length=max_prompt_tokens(io.text_steps),
+        family=str(manifest.get("family", "")),
+        name=str(manifest.get("name", artifact.program.name)),
+        target=str(manifest.get("target", "")),
+        engine=engine,
+        **{name: getattr(io, name) for name in same},
+    )
