@@ -75,7 +75,7 @@ def finite_chunk(chunk: NpArray, engine: str) -> Array:
 def checked(
     program: Program, stage: Stage, values: Mapping[str, NpArray], symbols: Mapping[str, int]
 ) -> dict[str, NpArray]:
-    """The inputs of one stage, with the shapes and dtypes of its bucket; EngineError names the one that does not fit."""
+    """The inputs of one stage, with the shapes and dtypes of its bucket; EngineError names what does not fit."""
     result: dict[str, NpArray] = {}
     for name, kind in stage.inputs:
         value = values.get(name)

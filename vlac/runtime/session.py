@@ -1,7 +1,7 @@
-"""A policy on a robot: `load` picks an engine and checks the artifact, `Session.act` turns an observation into a chunk.
+"""A policy on a robot: `load` picks an engine and checks the artifact, `act` turns an observation into a chunk.
 
-`prepare` (observation -> arrays) and `execute` (arrays -> normalised chunk) are its two halves, used alone by parity and
-at compile time for golden answers.
+`prepare` (observation -> arrays) and `execute` (arrays -> normalised chunk) are its two halves, used alone by parity
+and at compile time for golden answers.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def check_io(artifact: Artifact) -> None:
     check_steps(ACTION_STEPS, io.normalised_action_steps, f"{where}.normalised_action_steps", io.action_dim)
     check_text_steps(io.text_steps, f"{where}.text_steps")
     wanted = runtime_types(artifact.program)
-    sizes = {"noise": (io.chunk_size, io.max_action_dim)}
+    sizes: dict[str, tuple[int, ...]] = {"noise": (io.chunk_size, io.max_action_dim)}
     try:
         if io.state_dim:
             sizes["state"] = apply_steps(STATE_STEPS, io.state_steps, np.zeros((1, io.state_dim), np.float32)).shape
@@ -213,8 +213,8 @@ class Session:
                 [0, 1], or an RGB PIL.Image.
             state: [state_dim], raw, in the robot's units; with units="normalized" already normalised.
             task: the instruction. Or tokens: ids [T], with mask: bool [T], true = real token.
-            noise: [chunk_size, max_action_dim] float32 to start the sampler from (a leading 1 is allowed); or seed: of a
-                PCG64 generator that draws it; neither: fresh noise.
+            noise: [chunk_size, max_action_dim] float32 to start the sampler from (a leading 1 is allowed); or seed: of
+                a PCG64 generator that draws it; neither: fresh noise.
             units: "robot" or "normalized", for state and chunk; None = the artifact's own (`hparams.units`).
             strict: refuse a task that is longer than the policy's prompt instead of cutting it as the original does.
 
