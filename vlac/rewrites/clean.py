@@ -1,0 +1,81 @@
+"""Common subexpressions and dead code, across stages."""
+
+from __future__ import annotations
+
+from vlac.graph import Call, Node, Program, Repeat
+from vlac.rewrites.draft import Draft, StageDraft
+
+
+def share(program: Program) -> Program:
+    """Nodes of a stage with equal op, operands and attributes become one; a stage's outputs keep their own node."""
+    draft = Draft.of(program)
+    for stage in draft.stages:
+        first: dict[tuple[object, ...], str] = {}
+        same: dict[str, str] = {}
+        kept: list[Node] = []
+        for n in stage.nodes:
+            n = Node(n.name, n.op, tuple(same.get(i, i) for i in n.inputs), n.attrs)
+            known = first.setdefault((n.op, n.inputs, n.attrs), n.name)
+            if known != n.name:
+                same[n.name] = known
+            if known == n.name or n.name in stage.outputs:
+                kept.append(n)
+        stage.nodes = kept
+    return draft.build()
+
+
+def prune(program: Program) -> Program:
+    """Drops dead nodes, stage inputs and outputs that nobody reads, stages without outputs, and unread parameters.
+
+    A repeated stage that somebody reads keeps its index and its carries.
+    """
+    draft = Draft.of(program)
+    wanted = {draft.result}
+    before = -1
+    while len(wanted) != before:
+        before = len(wanted)
+        for step in reversed(draft.steps):
+            wanted |= _reads_for(draft.stage(step.stage), step, wanted)
+    for step in draft.steps:
+        _drop(draft.stage(step.stage), step, wanted)
+    alive = {s.name for s in draft.stages if s.outputs}
+    draft.steps = [s for s in draft.steps if s.stage in alive]
+    draft.stages = [s for s in draft.stages if s.name in alive]
+    read = {i[1:] for s in draft.stages for n in s.nodes for i in n.inputs if i.startswith("@")}
+    draft.params = {k: v for k, v in draft.params.items() if k in read}
+    draft.weights = {k: v for k, v in draft.weights.items() if k in read}
+    return draft.build()
+
+
+def _bound(step: Call | Repeat) -> set[str]:
+    """Inputs that the step itself provides."""
+    return {step.index, *(into for _, into, _ in step.carry)} if isinstance(step, Repeat) else set()
+
+
+def _live(stage: StageDraft, step: Call | Repeat, wanted: set[str]) -> tuple[list[str], list[Node]]:
+    """Outputs and nodes that must stay; a loop that is read keeps its carried outputs, one that is not loses all."""
+    carried = {out for out, _, _ in step.carry} if isinstance(step, Repeat) else set()
+    read = any(o in wanted for o in stage.outputs)
+    outputs = [o for o in stage.outputs if read and (o in wanted or o in carried)]
+    need, kept = set(outputs), []
+    for n in reversed(stage.nodes):
+        if n.name in need:
+            need.update(n.inputs)
+            kept.append(n)
+    return outputs, kept[::-1]
+
+
+def _reads_for(stage: StageDraft, step: Call | Repeat, wanted: set[str]) -> set[str]:
+    """Values from outside that the stage needs in order to give what is wanted of it."""
+    outputs, nodes = _live(stage, step, wanted)
+    need = {i for n in nodes for i in n.inputs} | set(outputs)
+    result = {n for n, _ in stage.inputs if n in need} - _bound(step)
+    if outputs and isinstance(step, Repeat):
+        result |= {initial for _, _, initial in step.carry}
+    return result
+
+
+def _drop(stage: StageDraft, step: Call | Repeat, wanted: set[str]) -> None:
+    stage.outputs, stage.nodes = _live(stage, step, wanted)
+    need = {i for n in stage.nodes for i in n.inputs} | set(stage.outputs) | _bound(step)
+    stage.inputs = [(n, t) for n, t in stage.inputs if n in need]
