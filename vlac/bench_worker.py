@@ -1,0 +1,115 @@
+"""The process that `vlac bench` measures: it loads one artifact, runs it, writes its timings as JSON and ends.
+
+    python -m vlac.bench_worker REQUEST.json RESULT.json
+
+A process of its own, so that load times are cold and the peak of memory is the policy's and nobody else's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def peak_rss() -> tuple[int, str]:
+    """Peak resident bytes of this process image, and where the figure is from.
+
+    VmHWM first: ru_maxrss survives exec, so that a child can inherit its parent's peak (Linux, getrusage(2)).
+    """
+    from vlac.machine import read_text
+
+    for line in read_text("/proc/self/status").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024, "VmHWM"
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak if sys.platform == "darwin" else peak * 1024), "ru_maxrss"
+
+
+def measure(request: dict[str, Any], entered: float) -> dict[str, Any]:
+    """Runs the request ({path, engine, threads, runs, least, budget_s, started}); times in milliseconds."""
+    import numpy as np
+
+    from vlac.runtime.session import load
+
+    imported = time.perf_counter()
+    before, _ = peak_rss()
+    session = load(request["path"], engine=request["engine"], threads=request["threads"])
+    loaded = time.perf_counter()
+    inputs = _inputs(request["path"])
+    rng = np.random.Generator(np.random.PCG64(0))
+
+    def turn(i: int) -> dict[str, float]:
+        given = dict(inputs[i % len(inputs)])
+        # a frame that never repeats: a runtime may reuse what it knows about an unchanged camera
+        given["images"] = {k: _touched(v, i, rng) for k, v in given["images"].items()}
+        begun = time.perf_counter()
+        session.act(**given)
+        took = 1000 * (time.perf_counter() - begun)
+        return {**{k: float(v) for k, v in session.stats.items() if k.endswith("_ms")}, "chunk_ms": took}
+
+    first = turn(0)
+    to_first = 1000 * (time.time() - request["started"])
+    turn(1)  # warm-up that is not counted
+    runs: list[dict[str, float]] = []
+    begun = time.perf_counter()
+    while len(runs) < request["runs"]:
+        if len(runs) >= request["least"] and time.perf_counter() - begun > request["budget_s"]:
+            break
+        runs.append(turn(2 + len(runs)))
+    peak, source = peak_rss()
+    result = {
+        "info": {k: v for k, v in session.info.items() if isinstance(v, (str, int, float, bool, list))},
+        "hparams": {k: v for k, v in session.hparams.items() if isinstance(v, (str, int, float, bool, list, tuple))},
+        "import_ms": 1000 * (imported - entered),
+        "load_ms": 1000 * (loaded - imported),
+        "first_ms": first["chunk_ms"],
+        "to_first_chunk_ms": to_first,
+        "runs": runs,
+        "peak_rss_bytes": peak,
+        "peak_rss_from": source,
+        "before_load_bytes": before,
+    }
+    session.close()
+    return result
+
+
+def _inputs(path: str) -> list[dict[str, Any]]:
+    from vlac.artifact import open_artifact
+    from vlac.goldens import synthetic
+
+    artifact = open_artifact(path)
+    goldens = artifact.goldens() or synthetic(artifact.io, 2)
+    text = bool(artifact.io.text_steps)
+    return [
+        {"images": dict(g.images), "state": g.state, "noise": g.noise, **({"task": g.task} if text else {})}
+        for g in goldens
+    ]
+
+
+def _touched(image: Any, i: int, rng: Any) -> Any:
+    copy = image.copy()
+    copy[i % copy.shape[0], :, :] = rng.integers(0, 256, copy.shape[1:], dtype=copy.dtype)
+    return copy
+
+
+def main() -> int:
+    """Reads the request, writes the result or the refusal; 0 when there are figures."""
+    entered = time.perf_counter()
+    from vlac.errors import VlacError
+
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    try:
+        result, code = measure(request, entered), 0
+    except VlacError as error:
+        result, code = {"error": error.message, "remedy": error.remedy}, 2
+    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

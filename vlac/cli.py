@@ -1,0 +1,383 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a command runs.
+
+Exit codes: 0 done, 1 a parity limit does not hold, 2 refused (VlacError, usage, or a bug), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from vlac import __version__
+from vlac.errors import InputError, VlacError
+
+app = typer.Typer(
+    name="vlac",
+    help="vlac, the VLA compiler: a vision-language-action policy from a checkpoint onto a robot's own computer.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+F = TypeVar("F", bound=Callable[..., None])
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Engine = Annotated[str | None, typer.Option(help="onnxruntime, openvino, ggml, torch or numpy; default: the best.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")]
+StatsKey = Annotated[str | None, typer.Option(help="Name under which the checkpoint keeps its statistics.")]
+StatsFrom = Annotated[str | None, typer.Option(help="File or checkpoint to take statistics from.")]
+NoStats = Annotated[bool, typer.Option("--no-stats", help="Without statistics: normalised units only.")]
+Spec = Annotated[
+    list[str] | None, typer.Option("--spec", metavar="K=V", help="A dimension, such as text.head_dim=64.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+
+
+def guarded(command: F) -> F:
+    """Turns refusals into a message with its remedy and exit code 2; anything unexpected is named a bug."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        machine_readable = bool(kwargs.get("json_output"))
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except VlacError as error:
+            fail(error.message, error.remedy, machine_readable)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except KeyboardInterrupt:
+            typer.echo("interrupted; nothing half-written is left", err=True)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # the reader (head, less) has gone; leave nothing for the interpreter to flush into the closed pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except MemoryError:
+            fail("out of memory", "use a machine with more, or a smaller target", machine_readable)
+        except OSError as error:
+            name = f"{error.filename}: " if error.filename else ""
+            fail(
+                f"{name}{error.strerror or error}", "check the place, its permissions and free space", machine_readable
+            )
+        except Exception as error:
+            _bug(error, machine_readable)
+
+    return run  # type: ignore[return-value]
+
+
+def fail(message: str, remedy: str, machine_readable: bool) -> NoReturn:
+    """Prints a refusal, red on a terminal, and ends with exit code 2."""
+    if machine_readable:
+        import json
+
+        typer.echo(json.dumps({"error": message, "remedy": remedy}, ensure_ascii=False))
+    else:
+        typer.secho(f"error: {message}", fg=_colour(typer.colors.RED), err=True)
+        if remedy:
+            typer.echo(f"  -> {remedy}", err=True)
+    raise typer.Exit(2)
+
+
+def _bug(error: Exception, machine_readable: bool) -> NoReturn:
+    if os.environ.get("VLAC_TRACEBACK") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    fail(
+        f"this is a bug in vlac: {type(error).__name__}: {error}",
+        "please report it with the command and the traceback that VLAC_TRACEBACK=1 prints",
+        machine_readable,
+    )
+
+
+def _colour(name: str) -> str | None:
+    return None if "NO_COLOR" in os.environ else name
+
+
+def key_values(items: list[str] | None, option: str) -> dict[str, str]:
+    """["k=v", ...] -> {k: v}; InputError names the item that is none, or a key given twice."""
+    result: dict[str, str] = {}
+    for item in items or ():
+        key, eq, value = item.partition("=")
+        if not eq or not key or not value:
+            raise InputError(f"{option} {item!r} is not KEY=VALUE")
+        if key in result:
+            raise InputError(f"{option} {key} is given twice")
+        result[key] = value
+    return result
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"vlac {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """vlac, the VLA compiler: a vision-language-action policy from a checkpoint onto a robot's own computer."""
+
+
+@app.command("inspect")
+@guarded
+def inspect_command(
+    path: Annotated[
+        str, typer.Argument(metavar="CKPT|FILE.gguf|out/", help="A checkpoint (folder or hub id) or an artifact.")
+    ],
+    program: Annotated[bool, typer.Option("--program", help="Print the program instead.")] = False,
+    after: Annotated[
+        str | None, typer.Option(metavar="REWRITE", help="With --program: as it stands after this rewrite.")
+    ] = None,
+    revision: Revision = None,
+    stats_key: StatsKey = None,
+    stats_from: StatsFrom = None,
+    no_stats: NoStats = False,
+    spec: Spec = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what a checkpoint or an artifact is.
+
+    Features, cameras, statistics and what they cover, tokenizer, dimensions, formats, warnings.
+    """
+    from vlac import inspect, progress
+    from vlac.tables import as_json
+
+    options = inspect.Options(revision, stats_key, stats_from, no_stats, key_values(spec, "--spec"))
+    with progress.progress(json_output or quiet) as show:
+        if program or after:
+            text = inspect.program_text(path, after=after, options=options, progress=show)
+        else:
+            facts = inspect.inspect(path, options=options, progress=show)
+    if program or after:
+        typer.echo(as_json({"program": text}) if json_output else text.rstrip("\n"))
+    else:
+        typer.echo(as_json(facts) if json_output else inspect.text(facts))
+
+
+@app.command("compile")
+@guarded
+def compile_command(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A local folder or a hub id.")],
+    target: Annotated[str, typer.Option(help="What to write; `vlac list` names them.")] = "gguf-q8",
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder to write, or a .gguf file.")] = Path("out/"),
+    passes: Annotated[
+        list[str] | None,
+        typer.Option("--pass", metavar="NAME:K=V,...", help="A pass to apply; repeatable, in order."),
+    ] = None,
+    spec: Spec = None,
+    stats_key: StatsKey = None,
+    stats_from: StatsFrom = None,
+    no_stats: NoStats = False,
+    revision: Revision = None,
+    observations: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npz", help="Observations for the golden answers; default: seeded ones."),
+    ] = None,
+    allow_promote: Annotated[
+        bool, typer.Option("--allow-promote", help="Accept tensors that end in another format than asked for.")
+    ] = False,
+    single_file: Annotated[bool, typer.Option("--single-file", help="One ONNX file with a Loop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show the census; write nothing.")
+    ] = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compile a checkpoint to an artifact that acts without it."""
+    import vlac
+    from vlac import inspect, progress
+    from vlac.tables import as_json
+
+    with progress.progress(json_output or quiet) as show:
+        result = vlac.compile(
+            checkpoint,
+            target=target,
+            out=out,
+            passes=passes or (),
+            spec=key_values(spec, "--spec"),
+            stats_key=stats_key,
+            stats_from=stats_from,
+            no_stats=no_stats,
+            revision=revision,
+            observations=observations,
+            allow_promote=allow_promote,
+            single_file=single_file,
+            dry_run=dry_run,
+            progress=show,
+        )
+    if json_output:
+        typer.echo(as_json({"path": None if result.path is None else str(result.path), "manifest": result.manifest}))
+    else:
+        typer.echo(inspect.compiled_text(result.path, result.manifest))
+
+
+@app.command("parity")
+@guarded
+def parity_command(
+    path: Annotated[str, typer.Argument(metavar="out/|FILE.gguf", help="An artifact.")],
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="CKPT", help="The untouched checkpoint; default: the answers stored with the data."),
+    ] = None,
+    observations: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Observations; default: the artifact's golden ones.")
+    ] = None,
+    engine: Engine = None,
+    threads: Threads = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option("--limit", metavar="LIMIT", help='Such as "cos>=0.999" or "compiler.max<=1e-4"; repeatable.'),
+    ] = None,
+    revision: Revision = None,
+    stats_key: StatsKey = None,
+    stats_from: StatsFrom = None,
+    no_stats: NoStats = False,
+    spec: Spec = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove an artifact against its reference.
+
+    Question 1: is the compiler right? Question 2: what did the recipe cost? Exit code 1 when a limit does not hold.
+    """
+    from vlac import inspect, progress
+    from vlac.parity import parity
+    from vlac.report import parity_text
+    from vlac.tables import as_json
+
+    given = inspect.Options(revision, stats_key, stats_from, no_stats, key_values(spec, "--spec"))
+    with progress.progress(json_output or quiet) as show:
+        report = parity(
+            path,
+            reference=reference,
+            observations=observations,
+            engine=engine,
+            threads=threads,
+            limits=limit or (),
+            read=given.read() if any((revision, stats_key, stats_from, no_stats, spec)) else None,
+            progress=show,
+        )
+    typer.echo(as_json(report) if json_output else parity_text(report))
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command("bench")
+@guarded
+def bench_command(
+    path: Annotated[str, typer.Argument(metavar="out/|FILE.gguf", help="An artifact.")],
+    engine: Engine = None,
+    threads: Threads = None,
+    runs: Annotated[
+        int | None, typer.Option(min=1, help="Chunks to measure; default: 30, or a minute's worth.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--output", "-o", metavar="md|json|csv|jsonl", help="Form of the report.")
+    ] = "md",
+    json_output: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure an artifact on this machine.
+
+    In a fresh process: cold load, first inference, steady state, memory, and what the board tells meanwhile.
+    """
+    from vlac import progress
+    from vlac.bench import bench
+    from vlac.report import bench_text
+
+    form = "json" if json_output else form
+    if form not in ("md", "json", "csv", "jsonl"):
+        raise InputError(f"-o {form!r}: there are md, json, csv, jsonl")
+    with progress.progress(json_output or quiet or form != "md") as show:
+        report = bench(path, engine=engine, threads=threads, runs=runs, progress=show)
+    typer.echo(bench_text(report, form))
+
+
+@app.command("run")
+@guarded
+def run_command(
+    path: Annotated[str, typer.Argument(metavar="out/|FILE.gguf", help="An artifact.")],
+    image: Annotated[
+        list[str] | None, typer.Option("--image", metavar="CAMERA=FILE", help="A picture per camera; repeatable.")
+    ] = None,
+    state: Annotated[
+        str | None, typer.Option(metavar="0,0,...", help="The robot's state, raw, comma-separated.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="The instruction.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampler's noise.")] = None,
+    units: Annotated[str, typer.Option(metavar="robot|normalized", help="Units of the actions.")] = "robot",
+    engine: Engine = None,
+    threads: Threads = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="chunk.npy", help="Write the chunk there.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Act once on pictures, a state and a task."""
+    from vlac.act_once import act_once, save
+    from vlac.report import chunk_text
+    from vlac.tables import as_json
+
+    answer = act_once(
+        path,
+        images=key_values(image, "--image"),
+        state=state,
+        task=task,
+        seed=seed,
+        units=units,
+        engine=engine,
+        threads=threads,
+    )
+    if out is not None:
+        save(out, answer["chunk"])
+    typer.echo(as_json(answer) if json_output else chunk_text(answer))
+
+
+@app.command("list")
+@guarded
+def list_command(json_output: Json = False) -> None:
+    """List what is plugged in.
+
+    Families, readers, passes, targets and engines.
+    """
+    from vlac import doctor, report
+    from vlac.tables import as_json
+
+    found = doctor.plugged_in()
+    typer.echo(as_json(found) if json_output else report.list_text(found))
+
+
+@app.command("doctor")
+@guarded
+def doctor_command(json_output: Json = False) -> None:
+    """Test this machine and its engines.
+
+    What it has, which engines work here, and what to install.
+    """
+    from vlac import doctor
+    from vlac.tables import as_json
+
+    findings = doctor.examine()
+    typer.echo(as_json(findings) if json_output else doctor.text(findings))
+
+
+def main() -> None:
+    """Entry point of the `vlac` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

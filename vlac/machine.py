@@ -1,0 +1,234 @@
+"""What the machine tells about itself without root: CPU, memory, board, temperature, clocks, throttling, emulation.
+
+Every reader tolerates absence: a board that does not tell gives None or "", never a guess. Files are Linux sysfs and
+procfs paths (Documentation/ABI of the kernel); Raspberry Pi bits as the firmware documents them for get_throttled.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+FEATURES = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX VNNI",
+    "avx512_bf16": "AVX-512 BF16",
+    "amx_int8": "AMX int8",
+    "asimd": "NEON",
+    "asimddp": "DOTPROD",
+    "asimdhp": "FP16",
+    "i8mm": "I8MM",
+    "bf16": "BF16",
+    "sve": "SVE",
+}
+"""Flags of /proc/cpuinfo that change which kernels run."""
+
+_ARM_PARTS = {
+    "0xd03": "Cortex-A53",
+    "0xd08": "Cortex-A72",
+    "0xd0b": "Cortex-A76",
+    "0xd42": "Cortex-A78AE",
+    "0xd0c": "Neoverse N1",
+    "0xd40": "Neoverse V1",
+    "0xd4f": "Neoverse V2",
+    "0xd83": "Neoverse V3AE",
+}
+
+
+def read_text(path: str | Path) -> str:
+    """A small file's text without NUL and outer blanks; "" when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").replace("\0", "").strip()
+    except OSError:
+        return ""
+
+
+def _cpuinfo(text: str | None = None) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for line in (read_text("/proc/cpuinfo") if text is None else text).splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return fields
+
+
+def cpu_name() -> str:
+    """The CPU as it names itself; on ARM the core's name by its part number."""
+    fields = _cpuinfo()
+    part = fields.get("CPU part", "")
+    name = fields.get("model name") or _ARM_PARTS.get(part, f"ARM part {part}" if part else "")
+    if not name and sys.platform == "darwin":
+        name = _ask("sysctl", "-n", "machdep.cpu.brand_string")
+    return name or platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """Instruction sets that matter here, by the names people use."""
+    fields = _cpuinfo()
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    return [name for flag, name in FEATURES.items() if flag in flags]
+
+
+def usable_cores() -> int:
+    """CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory() -> dict[str, int]:
+    """total, available and swap_used in bytes; empty where /proc/meminfo is missing."""
+    rows = {}
+    for line in read_text("/proc/meminfo").splitlines():
+        key, _, value = line.partition(":")
+        if value.split()[:1]:
+            rows[key] = int(value.split()[0]) * 1024
+    if "MemTotal" not in rows:
+        return {}
+    swap = rows.get("SwapTotal", 0) - rows.get("SwapFree", 0)
+    return {"total": rows["MemTotal"], "available": rows.get("MemAvailable", 0), "swap_used": swap}
+
+
+def describe() -> dict[str, Any]:
+    """The machine, for a report's header."""
+    return {
+        "cpu": cpu_name(),
+        "features": cpu_features(),
+        "cores": usable_cores(),
+        "memory_bytes": memory().get("total", 0),
+        "system": f"{_distribution()}, kernel {platform.release()}, {platform.machine()}",
+        "python": platform.python_version(),
+        "governor": read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "board": _board(),
+        "page_size": os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0,
+    }
+
+
+def _distribution() -> str:
+    for line in read_text("/etc/os-release").splitlines():
+        if line.startswith("PRETTY_NAME="):
+            return line.split("=", 1)[1].strip('"')
+    return platform.system()
+
+
+def _board() -> str:
+    model = read_text("/proc/device-tree/model")
+    release = read_text("/etc/nv_tegra_release").split(",")[0]
+    mode = read_text("/var/lib/nvpmodel/status")
+    return ", ".join(p for p in (model, release, mode) if p)
+
+
+# --- while it runs ---------------------------------------------------------------------------------------------
+
+
+def temperature() -> float | None:
+    """The hottest CPU or SoC zone in degrees Celsius."""
+    values = []
+    for zone in sorted(Path("/sys/class/thermal").glob("thermal_zone*")):
+        text = read_text(zone / "temp")
+        if text.lstrip("-").isdigit() and 0 < int(text) < 150_000:
+            values.append(int(text) / 1000)
+    return max(values) if values else None
+
+
+def frequency() -> float | None:
+    """The slowest core's present clock in MHz (the slowest one holds up all threads)."""
+    values = []
+    for file in sorted(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")):
+        text = read_text(file)
+        if text.isdigit():
+            values.append(int(text) / 1000)
+    return min(values) if values else None
+
+
+def throttled() -> int | None:
+    """Raspberry Pi's get_throttled bits: 0 under-voltage, 1 capped, 2 throttled, 3 soft limit; 16-19 since boot."""
+    for file in sorted(Path("/sys/devices/platform").glob("**/get_throttled"))[:1] if _raspberry() else []:
+        text = read_text(file)
+        if text:
+            return int(text, 16)
+    text = _ask("vcgencmd", "get_throttled") if _raspberry() else ""
+    _, _, bits = text.partition("=")
+    try:
+        return int(bits, 16)
+    except ValueError:
+        return None
+
+
+def _raspberry() -> bool:
+    return "raspberry" in read_text("/proc/device-tree/model").lower()
+
+
+def load_average() -> float | None:
+    """Processes that wanted a CPU over the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def sample() -> dict[str, Any]:
+    """One look at everything that moves."""
+    return {
+        "temperature": temperature(),
+        "frequency": frequency(),
+        "throttled": throttled(),
+        "load": load_average(),
+        "swap": memory().get("swap_used"),
+    }
+
+
+def _ask(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+# --- emulation -------------------------------------------------------------------------------------------------
+
+
+def emulation() -> str:
+    """How this process is emulated, or "" when it runs on the CPU itself.
+
+    Under user-mode QEMU `platform.machine()` and /proc/cpuinfo may both tell the guest's story, but the kernel still
+    knows the emulator as the running program: QEMU rewrites /proc/self/... and leaves /proc/thread-self/... alone.
+    """
+    for link in ("/proc/thread-self/exe", f"/proc/self/task/{os.getpid()}/exe"):
+        try:
+            name = Path(link).readlink().name
+        except OSError:
+            continue
+        if is_emulator(name):
+            return f"the program that really runs is {name}"
+    for comm in ("/proc/thread-self/comm", "/proc/self/comm"):
+        if is_emulator(read_text(comm)):
+            return f"the process is called {read_text(comm)}"
+    return contradiction(platform.machine(), read_text("/proc/cpuinfo")) or _rosetta()
+
+
+def is_emulator(program: str) -> bool:
+    """Whether a program's name is that of a CPU emulator: qemu-aarch64-static, box64, FEXInterpreter, rosetta."""
+    name = program.lower()
+    return name.startswith(("qemu-", "box64", "box86", "fex")) or name == "rosetta"
+
+
+def contradiction(machine: str, cpuinfo: str) -> str:
+    """What in /proc/cpuinfo cannot be true of `machine`; "" when they agree or the file says nothing."""
+    fields = _cpuinfo(cpuinfo)
+    arm, x86 = machine.lower() in ("aarch64", "arm64", "armv7l"), machine.lower() in ("x86_64", "amd64", "i686")
+    if arm and "vendor_id" in fields and "CPU implementer" not in fields:
+        return f"Python says {machine}, /proc/cpuinfo describes {fields.get('model name') or fields['vendor_id']}"
+    if x86 and "CPU implementer" in fields and "vendor_id" not in fields:
+        return f"Python says {machine}, /proc/cpuinfo describes an ARM CPU"
+    if "QEMU TCG" in fields.get("model name", ""):
+        return f"the CPU is {fields['model name']}"
+    return ""
+
+
+def _rosetta() -> str:
+    if sys.platform == "darwin" and _ask("sysctl", "-in", "sysctl.proc_translated") == "1":
+        return "Rosetta translates this process"
+    return ""
