@@ -1,0 +1,253 @@
+"""What families share: ViT tower, connector, decoder layers, gated MLP, action-time embedding, drawn with ops only.
+
+Every block takes a StageBuilder, names of values and the prefix of its weights, and returns names of values. The
+`*_shapes` functions give the shape of every weight a block reads, so that readers can check a checkpoint.
+Activations are [rows, features] float32; keys and values are [rows, num_key_value_heads * head_dim].
+"""
+
+from __future__ import annotations
+
+from vlac.dims import Dim
+from vlac.errors import Unsupported
+from vlac.graph import StageBuilder
+from vlac.spec import DecoderSpec, VisionSpec
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def activation(b: StageBuilder, x: str, hidden_act: str) -> str:
+    """Hugging Face's name of an activation, applied; Unsupported names an unknown one."""
+    if hidden_act in ("silu", "relu"):
+        return b.op(hidden_act, x)
+    kinds = {"gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu": "none", "quick_gelu": "quick"}
+    if hidden_act not in kinds:
+        raise Unsupported(f"activation {hidden_act!r}; known: silu, relu, {', '.join(kinds)}")
+    return b.op("gelu", x, approximate=kinds[hidden_act])
+
+
+def linear(b: StageBuilder, x: str, name: str, *, bias: bool = False, as_: str = "") -> str:
+    """x @ weight.T (+ bias), weights `{name}.weight` and `{name}.bias`."""
+    operands = (x, f"@{name}.weight", f"@{name}.bias") if bias else (x, f"@{name}.weight")
+    return b.op("linear", *operands, name=as_)
+
+
+# --- vision ----------------------------------------------------------------------------------------------------
+
+
+def vit_tower(b: StageBuilder, pixels: str, spec: VisionSpec, name: str = "vision") -> str:
+    """SigLIP tower (Zhai et al. 2023): pixels [3, S, S] -> [grid*grid, hidden_size], after the final norm.
+
+    Position ids are 0..grid*grid-1, row-major: the image always fills the tower. Some versions of transformers shift
+    them by one (see docs); checkpoints were trained with these.
+    """
+    used = spec.grid * spec.patch_size
+    for axis in (1, 2) if used != spec.image_size else ():  # the convolution drops a remainder at right and bottom
+        pixels = b.op("slice", pixels, axis=axis, start=0, stop=used)
+    x = b.op("patchify", pixels, patch=spec.patch_size, block=1)
+    x = linear(b, x, f"{name}.patch_embedding", bias=True)
+    x = b.op("add", x, f"@{name}.position_embedding", name=f"{name}.embedded")
+    for i in range(spec.num_hidden_layers):
+        x = _vit_layer(b, x, spec, f"{name}.layers.{i}")
+    return _layer_norm(b, x, spec, f"{name}.post_layernorm")
+
+
+def _layer_norm(b: StageBuilder, x: str, spec: VisionSpec, name: str) -> str:
+    return b.op("layer_norm", x, f"@{name}.weight", f"@{name}.bias", eps=spec.layer_norm_eps)
+
+
+def _vit_layer(b: StageBuilder, x: str, spec: VisionSpec, name: str) -> str:
+    heads = spec.num_attention_heads
+    h = _layer_norm(b, x, spec, f"{name}.layer_norm1")
+    q, k, v = (linear(b, h, f"{name}.self_attn.{p}_proj", bias=True) for p in "qkv")
+    scale = (spec.hidden_size // heads) ** -0.5
+    h = b.op("attention", q, k, v, heads=heads, kv_heads=heads, scale=scale, name=f"{name}.attended")
+    x = b.op("add", x, linear(b, h, f"{name}.self_attn.out_proj", bias=True))
+    h = _layer_norm(b, x, spec, f"{name}.layer_norm2")
+    h = activation(b, linear(b, h, f"{name}.mlp.fc1", bias=True), spec.hidden_act)
+    return b.op("add", x, linear(b, h, f"{name}.mlp.fc2", bias=True), name=f"{name}.hidden")
+
+
+def vit_shapes(spec: VisionSpec, name: str = "vision") -> Shapes:
+    """Weights of `vit_tower`."""
+    d, f = spec.hidden_size, spec.intermediate_size
+    shapes: Shapes = {
+        f"{name}.patch_embedding.weight": (d, spec.num_channels * spec.patch_size**2),
+        f"{name}.patch_embedding.bias": (d,),
+        f"{name}.position_embedding": (spec.grid**2, d),
+    }
+    for i in range(spec.num_hidden_layers):
+        layer = f"{name}.layers.{i}"
+        for part, (rows, columns) in {
+            "self_attn.q_proj": (d, d),
+            "self_attn.k_proj": (d, d),
+            "self_attn.v_proj": (d, d),
+            "self_attn.out_proj": (d, d),
+            "mlp.fc1": (f, d),
+            "mlp.fc2": (d, f),
+        }.items():
+            shapes[f"{layer}.{part}.weight"] = (rows, columns)
+            shapes[f"{layer}.{part}.bias"] = (rows,)
+        for norm in ("layer_norm1", "layer_norm2"):
+            shapes[f"{layer}.{norm}.weight"] = shapes[f"{layer}.{norm}.bias"] = (d,)
+    shapes[f"{name}.post_layernorm.weight"] = shapes[f"{name}.post_layernorm.bias"] = (d,)
+    return shapes
+
+
+def shuffle_connector(b: StageBuilder, x: str, factor: int, name: str = "connector.proj", as_: str = "") -> str:
+    """Idefics3 connector: pixel shuffle by `factor`, then a linear without bias."""
+    return linear(b, b.op("pixel_shuffle", x, factor=factor), name, as_=as_)
+
+
+# --- decoder ---------------------------------------------------------------------------------------------------
+
+
+def rms_norm(b: StageBuilder, x: str, spec: DecoderSpec, name: str) -> str:
+    """RMSNorm with weight `{name}.weight` (Gemma's 1+w is folded into it when the checkpoint is read)."""
+    return b.op("rms_norm", x, f"@{name}.weight", eps=spec.rms_norm_eps)
+
+
+def rotary(b: StageBuilder, x: str, positions: str, spec: DecoderSpec, as_: str = "") -> str:
+    """RoPE on every head of x."""
+    return b.op("rope", x, positions, head_dim=spec.head_dim, base=spec.rope_theta, name=as_)
+
+
+def attend(b: StageBuilder, q: str, k: str, v: str, mask: str, spec: DecoderSpec) -> str:
+    """Grouped-query attention with scale head_dim^-0.5."""
+    return b.op(
+        "attention",
+        *(q, k, v, mask),
+        heads=spec.num_attention_heads,
+        kv_heads=spec.num_key_value_heads,
+        scale=spec.head_dim**-0.5,
+    )
+
+
+def gated_mlp(b: StageBuilder, x: str, spec: DecoderSpec, name: str) -> str:
+    """down(act(gate(x)) * up(x))."""
+    gate = activation(b, linear(b, x, f"{name}.gate_proj"), spec.hidden_act)
+    return linear(b, b.op("mul", gate, linear(b, x, f"{name}.up_proj")), f"{name}.down_proj")
+
+
+def _rest_of_layer(b: StageBuilder, x: str, attended: str, spec: DecoderSpec, name: str) -> str:
+    x = b.op("add", x, linear(b, attended, f"{name}.self_attn.o_proj"))
+    h = rms_norm(b, x, spec, f"{name}.post_attention_layernorm")
+    return b.op("add", x, gated_mlp(b, h, spec, f"{name}.mlp"), name=f"{name}.hidden")
+
+
+def decoder_layer(
+    b: StageBuilder,
+    x: str,
+    spec: DecoderSpec,
+    name: str,
+    positions: str,
+    mask: str,
+    past: tuple[str, str] | None = None,
+    kv_names: tuple[str, str] = ("", ""),
+) -> tuple[str, str, str]:
+    """A pre-norm decoder layer; returns (hidden, rotated keys, values) of its own rows.
+
+    Attention reads the rows of `past` (keys, values) before its own; `mask` is [rows, past rows + rows].
+    `kv_names` are wished for the keys and values, where they leave the stage.
+    """
+    h = rms_norm(b, x, spec, f"{name}.input_layernorm")
+    q = rotary(b, linear(b, h, f"{name}.self_attn.q_proj"), positions, spec)
+    k = rotary(b, linear(b, h, f"{name}.self_attn.k_proj"), positions, spec, as_=kv_names[0])
+    v = linear(b, h, f"{name}.self_attn.v_proj", as_=kv_names[1])
+    keys, values = k, v
+    if past:
+        keys = b.op("concat", past[0], k, axis=0)
+        values = b.op("concat", past[1], v, axis=0)
+    return _rest_of_layer(b, x, attend(b, q, keys, values, mask, spec), spec, name), k, v
+
+
+def cross_layer(
+    b: StageBuilder,
+    x: str,
+    spec: DecoderSpec,
+    name: str,
+    positions: str,
+    mask: str,
+    memory: tuple[str, str],
+) -> str:
+    """A decoder layer that attends only to `memory` (keys, values of another decoder), projected by its own k and v."""
+    h = rms_norm(b, x, spec, f"{name}.input_layernorm")
+    q = rotary(b, linear(b, h, f"{name}.self_attn.q_proj"), positions, spec)
+    k = linear(b, memory[0], f"{name}.self_attn.k_proj")
+    v = linear(b, memory[1], f"{name}.self_attn.v_proj")
+    return _rest_of_layer(b, x, attend(b, q, k, v, mask, spec), spec, name)
+
+
+def decoder_layer_shapes(spec: DecoderSpec, name: str, memory_width: int | None = None) -> Shapes:
+    """Weights of one layer; `memory_width` is the width that k and v project from in a cross layer."""
+    d, f = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    source = d if memory_width is None else memory_width
+    return {
+        f"{name}.input_layernorm.weight": (d,),
+        f"{name}.self_attn.q_proj.weight": (q, d),
+        f"{name}.self_attn.k_proj.weight": (kv, source),
+        f"{name}.self_attn.v_proj.weight": (kv, source),
+        f"{name}.self_attn.o_proj.weight": (d, q),
+        f"{name}.post_attention_layernorm.weight": (d,),
+        f"{name}.mlp.gate_proj.weight": (f, d),
+        f"{name}.mlp.up_proj.weight": (f, d),
+        f"{name}.mlp.down_proj.weight": (d, f),
+    }
+
+
+# --- bookkeeping of sequences ----------------------------------------------------------------------------------
+
+
+def positions_of(b: StageBuilder, valid: str) -> str:
+    """cumsum(valid) - 1: an invalid row repeats the position before it. bool [L] -> i32 [L]."""
+    count = b.op("cumsum", b.op("cast", valid, dtype="i32"))
+    return b.op("sub", count, b.op("full", shape=(1,), value=1.0, dtype="i32"), name="positions")
+
+
+def count_valid(b: StageBuilder, valid: str) -> str:
+    """Number of valid rows. bool [L] -> i32 [1]."""
+    return b.op("reduce_sum", b.op("cast", valid, dtype="i32"), name="prefix_count")
+
+
+def block_ids(b: StageBuilder, *runs: tuple[Dim, int]) -> str:
+    """Block numbers for attention_mask: (rows, number) runs after one another, i32."""
+    parts = [b.op("full", shape=(rows,), value=float(number), dtype="i32") for rows, number in runs]
+    return parts[0] if len(parts) == 1 else b.op("concat", *parts, axis=0)
+
+
+# --- flow ------------------------------------------------------------------------------------------------------
+
+
+def action_time_tokens(b: StageBuilder, x: str, t: str, rows: int, width: int, periods: tuple[float, float]) -> str:
+    """Noisy actions x [N, A] and time t [1, 1] -> action tokens [N, width] (pi0, Black et al. 2024, appendix B).
+
+    Weights: action_in_proj, action_time_mlp_in, action_time_mlp_out.
+    """
+    actions = linear(b, x, "action_in_proj", bias=True)
+    time = b.op("time_embedding", t, dim=width, min_period=periods[0], max_period=periods[1])
+    both = b.op("concat", actions, b.op("tile", time, rows=rows), axis=1)
+    hidden = b.op("silu", linear(b, both, "action_time_mlp_in", bias=True))
+    return linear(b, hidden, "action_time_mlp_out", bias=True, as_="action_tokens")
+
+
+def euler_step(b: StageBuilder, x: str, velocity: str, dt: str) -> str:
+    """x + dt * velocity, dt [1, 1]."""
+    return b.op("add", x, b.op("mul", velocity, dt), name="x_next")
+
+
+def action_shapes(max_action_dim: int, width: int) -> Shapes:
+    """Weights of `action_time_tokens` and the output projection."""
+    shapes: Shapes = {}
+    for name, (rows, columns) in {
+        "action_in_proj": (width, max_action_dim),
+        "action_out_proj": (max_action_dim, width),
+        "action_time_mlp_in": (width, 2 * width),
+        "action_time_mlp_out": (width, width),
+    }.items():
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (rows, columns), (rows,)
+    return shapes
+
+
+def token_buckets(maximum: int) -> tuple[int, ...]:
+    """Prompt lengths a stage may be built for: multiples of 8 (of 32 beyond 64) below `maximum`, and `maximum`."""
+    return (*(n for n in range(8, maximum, 8) if n <= 64 or n % 32 == 0), maximum)

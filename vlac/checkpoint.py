@@ -1,0 +1,73 @@
+"""A checkpoint, however it is named, as a Policy: find it, let the right reader read it, note exactly what was read."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from vlac.errors import CheckpointError, Unsupported, VlacError
+from vlac.policy import Policy, Source
+from vlac.readers.hub import resolve
+from vlac.readers.safetensors_file import weight_files
+from vlac.registry import Reader, ReadOptions, readers
+
+SMALL = 4 << 20
+"""Files up to this many bytes are hashed even when only headers are read."""
+
+
+def read_policy(checkpoint: str, options: ReadOptions | None = None) -> Policy:
+    """The Policy of a local folder or hub id.
+
+    Raises VlacError (nothing there, offline), Unsupported (no reader or family for it) and CheckpointError (broken).
+    With `options.headers_only` no weight is read and problems that a person can fix become `Policy.warnings`.
+    """
+    options = options or ReadOptions()
+    path = _policy_folder(resolve(checkpoint, options.revision))
+    policy = _reader(path).read(path, options)
+    return policy.replace(source=_source(checkpoint, path, options))
+
+
+def _policy_folder(path: Path) -> Path:
+    """A trainer's output folder holds the policy in `pretrained_model`."""
+    inner = path / "pretrained_model"
+    return inner if not (path / "config.json").exists() and (inner / "config.json").is_file() else path
+
+
+def _reader(path: Path) -> Reader:
+    for reader in readers.all():
+        if reader.detect(path):
+            return reader
+    known = ", ".join(r.name for r in readers.all())
+    if path.is_file():
+        raise Unsupported(f"{path}: a file that no reader knows (readers: {known})", remedy="give a checkpoint folder")
+    if not (path / "config.json").exists():
+        raise VlacError(f"{path}: no config.json, so this is not a policy checkpoint (readers: {known})")
+    raise Unsupported(f"{path}: config.json names no policy type that a reader knows (readers: {known})")
+
+
+def _source(checkpoint: str, path: Path, options: ReadOptions) -> Source:
+    """Sizes and sha256 of every JSON and weight file; of large files only when more than headers is read."""
+    files: dict[str, dict[str, Any]] = {}
+    candidates = {*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*/*.json"), *weight_files(path)}
+    for file in sorted(candidates):
+        if not file.is_file():
+            continue
+        entry: dict[str, Any] = {"size": file.stat().st_size}
+        if entry["size"] <= SMALL or not options.headers_only:
+            entry["sha256"] = sha256(file)
+        files[file.relative_to(path).as_posix()] = entry
+    revision = path.resolve().name if path.resolve().parent.name == "snapshots" else options.revision or ""
+    return Source(checkpoint, revision, files)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest()

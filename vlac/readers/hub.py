@@ -1,0 +1,122 @@
+"""Where a checkpoint's files are: a local folder, or the Hugging Face hub through its own client and cache.
+
+HF_HOME, HF_HUB_OFFLINE and HF_TOKEN act as they do everywhere; only JSON, safetensors and tokenizer files are ever
+fetched. Everything that can go wrong becomes a VlacError that says what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vlac.errors import CheckpointError, VlacError
+
+PATTERNS = ("*.json", "*.safetensors", "*/tokenizer.json", "*/tokenizer_config.json", "*/config.json")
+"""Files fetched from a repository; pickles and code are not among them."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form "owner/repository"."""
+    return bool(_HUB_ID.fullmatch(name)) and ".." not in name
+
+
+def _fetch(what: str, revision: str | None, call: Callable[[Any], str]) -> Path:
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise VlacError(
+            f"{what} is not a local folder and huggingface_hub is not installed",
+            remedy="pip install 'vlac-compiler[compile]', or give a local folder",
+        ) from None
+    at = f" at revision {revision}" if revision else ""
+    try:
+        return Path(call(huggingface_hub))
+    except errors.GatedRepoError:
+        raise VlacError(f"{what} is gated on the hub", remedy="accept its terms there and set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise VlacError(
+            f"{what} is neither a local folder nor a repository on the hub (or it is private)",
+            remedy="check the spelling; for a private repository set HF_TOKEN",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise VlacError(f"{what} has no revision {revision}", remedy="check --revision") from None
+    except errors.LocalEntryNotFoundError:
+        raise VlacError(
+            f"{what}{at} is not in the hub cache and the hub cannot be reached (offline or HF_HUB_OFFLINE=1)",
+            remedy="run once with network, set HF_HOME to a cache that holds it, or give a local folder",
+        ) from None
+    except errors.EntryNotFoundError:
+        raise VlacError(f"{what}{at} does not exist on the hub") from None
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise VlacError(
+            f"{what}{at} cannot be fetched: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            remedy="try again with network, or give a local folder",
+        ) from None
+
+
+def fetch_repository(repo_id: str, revision: str | None = None) -> Path:
+    """A hub repository's JSON and safetensors files in the local cache; downloads what is missing."""
+    return _fetch(
+        f"checkpoint {repo_id}",
+        revision,
+        lambda hub: hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(PATTERNS)),
+    )
+
+
+def fetch_file(repo_id: str, filename: str, revision: str | None = None) -> Path:
+    """One file of a hub repository, from the cache or downloaded."""
+    return _fetch(
+        f"{filename} of {repo_id}",
+        revision,
+        lambda hub: hub.hf_hub_download(repo_id, filename, revision=revision),
+    )
+
+
+def resolve(checkpoint: str, revision: str | None = None) -> Path:
+    """The local folder or file that `checkpoint` (a path or a hub id) means; VlacError when there is none."""
+    path = Path(checkpoint).expanduser()
+    if path.exists():
+        return path
+    if not is_hub_id(checkpoint):
+        raise VlacError(
+            f"{checkpoint}: no such folder, and not a hub id (owner/name)",
+            remedy="give a checkpoint folder or a hub id such as lerobot/smolvla_base",
+        )
+    return fetch_repository(checkpoint, revision)
+
+
+def local_companion(folder: Path, name: str, filename: str) -> Path | None:
+    """`filename` of something a checkpoint names, if it lies in `folder/name` or `folder/<last part of name>`.
+
+    Names that are absolute or hold `..` are looked for by their last part only: nothing outside the checkpoint is read.
+    """
+    parts = [p for p in re.split(r"[/\\]+", name) if p]
+    if any(c in name for c in "\0:") or not parts or parts[-1] in (".", ".."):
+        return None
+    inside = not Path(name).is_absolute() and ".." not in parts
+    for local in dict.fromkeys(([name] if inside else []) + [parts[-1]]):
+        if (folder / local / filename).is_file():
+            return folder / local / filename
+    return None
+
+
+def companion(folder: Path, name: str, filename: str, what: str) -> Path:
+    """`filename` of something a checkpoint names: a folder inside it, else a hub repository; or CheckpointError."""
+    local = local_companion(folder, name, filename)
+    if local is not None:
+        return local
+    tail = re.split(r"[/\\]+", name.rstrip("/\\"))[-1]
+    remedy = f"place a folder {tail!r} with {filename} into {folder}"
+    if not is_hub_id(name):
+        raise CheckpointError(f"{folder}: {what} is named {name!r}, but there is no {filename} for it", remedy=remedy)
+    try:
+        return fetch_file(name, filename)
+    except VlacError as error:
+        raise CheckpointError(
+            f"{folder}: {what}: {error.message}", remedy=f"{remedy}, or set HF_HOME to a cache that holds {name}"
+        ) from None
