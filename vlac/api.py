@@ -203,7 +203,7 @@ def load(
 
 
 def inspect(path: str | Path, **options: Any) -> Mapping[str, Any]:
-    """Facts of a checkpoint, a .gguf file or an artifact folder; see vlac.inspect."""
-    from vlac.inspect import inspect as look
+    """Facts of a checkpoint, a .gguf file or an artifact folder; see vlac.facts."""
+    from vlac.facts import inspect as look
 
     return look(path, **options)
