@@ -27,7 +27,8 @@ def share(program: Program) -> Program:
 def prune(program: Program) -> Program:
     """Drops dead nodes, stage inputs and outputs that nobody reads, stages without outputs, and unread parameters.
 
-    A repeated stage that somebody reads keeps its index and its carries.
+    A repeated stage that somebody reads keeps its index and its carries. Parameters end up in the order in which stages
+    first read them, which is the order targets write them in.
     """
     draft = Draft.of(program)
     wanted = {draft.result}
@@ -41,9 +42,9 @@ def prune(program: Program) -> Program:
     alive = {s.name for s in draft.stages if s.outputs}
     draft.steps = [s for s in draft.steps if s.stage in alive]
     draft.stages = [s for s in draft.stages if s.name in alive]
-    read = {i[1:] for s in draft.stages for n in s.nodes for i in n.inputs if i.startswith("@")}
-    draft.params = {k: v for k, v in draft.params.items() if k in read}
-    draft.weights = {k: v for k, v in draft.weights.items() if k in read}
+    read = dict.fromkeys(i[1:] for s in draft.stages for n in s.nodes for i in n.inputs if i.startswith("@"))
+    draft.params = {k: draft.params[k] for k in read}
+    draft.weights = {k: draft.weights[k] for k in read if k in draft.weights}
     return draft.build()
 
 

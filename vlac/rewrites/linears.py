@@ -184,10 +184,10 @@ def _split(
         inputs = [operand, draft.add_param(f"{stem(name)}.part{k}.weight", cut)]
         if is_row and True not in sums:
             inputs += n.inputs[2:]
-        part = stage.fresh(f"{n.name}.part{k}", (m.name for m in new))
+        part = stage.fresh(f"{stem(name)}.part{k}", (m.name for m in new))
         new.append(node(part, "linear", *inputs))
         if is_row in sums:
-            total = stage.fresh(f"{n.name}.sum{k}", (m.name for m in new))
+            total = stage.fresh(f"{stem(name)}.sum{k}", (m.name for m in new))
             new.append(node(total, "add", sums[is_row], part))
             part = total
         sums[is_row] = part
@@ -284,7 +284,7 @@ def _fused_params(draft: Draft, group: list[Node]) -> list[str]:
 
 
 def _fuse_group(stage: StageDraft, group: list[Node], params: list[str], types: dict[str, Type]) -> None:
-    name = stage.fresh(fused_name([n.name for n in group]))
+    name = stage.fresh(stem(params[0][1:]))
     start: Dim = 0
     for k, n in enumerate(group):
         stop = types[n.name].shape[1] + start

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vlac.graph import RUNTIME_INPUTS, Call, Node, Program, Repeat
 from vlac.ops import Type
 from vlac.rewrites.clean import prune
-from vlac.rewrites.draft import Draft, StageDraft, closure, unique
+from vlac.rewrites.draft import Draft, StageDraft, closure, stem, unique
 
 
 def hoist_invariants(program: Program) -> Program:
@@ -64,8 +64,14 @@ def _names(draft: Draft, loop: StageDraft, host: StageDraft, nodes: list[Node], 
     for n in nodes:
         taken = local | set(result.values()) | set(RUNTIME_INPUTS) | {draft.result}
         others = taken | (everywhere - {n.name}) if n.name in crossing else taken
-        result[n.name] = unique(n.name, others)
+        result[n.name] = unique(_telling_name(n), others)
     return result
+
+
+def _telling_name(n: Node) -> str:
+    """A node named by its op alone ("linear.7") says more across stages under its weight's name."""
+    weights = [i[1:] for i in n.inputs if i.startswith("@")]
+    return stem(weights[0]) if weights and n.name.split(".")[0] == n.op else n.name
 
 
 def _bring_inputs(loop: StageDraft, host: StageDraft, needed: dict[str, Node]) -> None:
