@@ -83,7 +83,8 @@ def _best_int4(blocks: Array) -> tuple[Int8, Array]:
 
 
 def _row_absmax(w: Array) -> Array:
-    return np.maximum(w.max(axis=1), -w.min(axis=1), dtype=np.float32)
+    largest: Array = np.maximum(w.max(axis=1), -w.min(axis=1))
+    return largest
 
 
 def _nonzero(scale: Array) -> Array:

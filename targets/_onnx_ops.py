@@ -1,0 +1,469 @@
+"""Every op of the program table as ONNX nodes: one function per op, plus `StageEmitter` that walks a stage.
+
+Standard ops throughout. Linears with int8 weights have two forms over the same bytes: "runtime" quantises activations
+per row and multiplies integers (com.microsoft MatMulIntegerToFloat: the fast way in ONNX Runtime), "portable" says
+DequantizeLinear + MatMul (OpenVINO compresses it; any engine runs it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from vlac.artifact import NpArray
+from vlac.errors import Unsupported
+from vlac.graph import Node, Program, Stage, infer_stage
+from vlac.layouts import INT4_BLOCK
+from vlac.ops import OPS, Type
+from vlac.targets._onnx_graph import MICROSOFT, Graph, Weight, onnx_type
+from vlac.targets._onnx_ranges import Range
+
+MASKED = -1e30
+"""Added to the score of a masked key: finite, so that a row with no key gives the mean of the values, not NaN."""
+FOLD_BYTES = 1 << 20
+MAX_POSITIONS = 1 << 16
+
+_ONNX_DTYPE = {"f32": "FLOAT", "i32": "INT32", "bool": "BOOL"}
+
+Emit = Callable[["StageEmitter", Node, str], object]
+EMITTERS: dict[str, Emit] = {}
+
+
+def _emits(*ops: str) -> Callable[[Emit], Emit]:
+    def register(fn: Emit) -> Emit:
+        EMITTERS.update(dict.fromkeys(ops, fn))
+        return fn
+
+    return register
+
+
+class StageEmitter:
+    """Writes the nodes of one stage into a graph.
+
+    Args:
+        graph: where nodes go.
+        program: bound (no symbols).
+        ranges: of the stage's integer values (vlac.targets._onnx_ranges).
+        form: "portable" or "runtime", see above.
+        given: names in the graph of the stage's inputs; prefix: before every name this emitter makes.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        program: Program,
+        stage: Stage,
+        ranges: Mapping[str, Range],
+        form: str,
+        given: Mapping[str, str],
+        prefix: str = "",
+    ) -> None:
+        self.graph = graph
+        self.program = program
+        self.stage = stage
+        self.ranges = ranges
+        self.form = form
+        self.types = infer_stage(stage, program.params)
+        self.constants: dict[str, NpArray] = {}
+        self.cache: dict[tuple[Any, ...], Any] = {}
+        self._names = dict(given)
+        self._prefix = prefix
+
+    def emit(self) -> dict[str, str]:
+        """All nodes; returns the name in the graph of every output of the stage."""
+        for node in self.stage.nodes:
+            if not self._fold(node):
+                out = self.graph.unique(self._prefix + node.name)
+                EMITTERS[node.op](self, node, out)
+                self._names[node.name] = out
+        for name in self.stage.outputs:
+            if name in self.constants:
+                out = self.graph.unique(self._prefix + name)
+                self._names[name] = self.graph.node("Identity", [self.graph.const(self.constants[name])], out)
+        return {name: self._names[name] for name in self.stage.outputs}
+
+    def _fold(self, node: Node) -> bool:
+        """Index arithmetic that depends on nothing is evaluated here."""
+        op, out = OPS[node.op], self.types[node.name]
+        if not op.host or any(i not in self.constants for i in node.inputs) or 4 * math.prod(ints(out)) > FOLD_BYTES:
+            return False
+        self.constants[node.name] = np.asarray(op.reference([self.constants[i] for i in node.inputs], node.attr))
+        return True
+
+    # names and shapes
+
+    def __call__(self, operand: str) -> str:
+        """Name in the graph of an operand: a value, a constant, or a parameter as float32."""
+        if operand.startswith("@"):
+            return self._float_param(operand[1:])
+        if operand in self.constants:
+            return self.graph.const(self.constants[operand])
+        return self._names[operand]
+
+    def shape(self, operand: str) -> tuple[int, ...]:
+        if operand.startswith("@"):
+            return self.program.params[operand[1:]].shape
+        return ints(self.types[operand])
+
+    def tmp(self, out: str, suffix: str) -> str:
+        """A name for a helper value of `out`."""
+        return self.graph.unique(f"{out}/{suffix}")
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """`make()` at the first call with this key, its result afterwards."""
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]
+
+    def _float_param(self, name: str) -> str:
+        w = self.graph.param(name)
+        if w.format in ("f16", "bf16"):
+            return str(self.once(("float", name), lambda: self.cast(w.values, self.tmp(w.values, "f32"), "f32")))
+        if w.format != "f32":
+            raise Unsupported(
+                f"tensor {name} is {w.format}, stage {self.stage.name} reads it with an op for float weights only",
+                remedy="int8 and int4 are for weights of linears (int8 also for embedding tables)",
+            )
+        return w.values
+
+    # building blocks
+
+    def node(self, op: str, inputs: list[str], out: str, **attrs: Any) -> str:
+        return self.graph.node(op, inputs, out, **attrs)
+
+    def cast(self, x: str, out: str, dtype: str) -> str:
+        return self.node("Cast", [x], out, to=onnx_type(_ONNX_DTYPE[dtype]))
+
+    def reshape(self, x: str, out: str, *shape: int) -> str:
+        return self.node("Reshape", [x, self.graph.const(shape, np.int64)], out)
+
+    def transpose(self, x: str, out: str, *perm: int) -> str:
+        return self.node("Transpose", [x], out, perm=list(perm))
+
+    def f32(self, value: float) -> str:
+        return self.graph.const(value, np.float32)
+
+    def i64(self, *value: int) -> str:
+        return self.graph.const(value, np.int64)
+
+
+def ints(t: Type) -> tuple[int, ...]:
+    """Shape of a type without symbols."""
+    if not all(isinstance(d, int) for d in t.shape):
+        raise Unsupported(f"{t} still holds symbols; bind the program first")
+    return tuple(int(str(d)) for d in t.shape)
+
+
+# --- index, mask and layout ------------------------------------------------------------------------------------
+
+
+@_emits("arange", "full")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    """Only those too large to fold arrive here."""
+    e.node("Identity", [e.graph.const(OPS[n.op].reference([], n.attr))], out)
+
+
+@_emits("cast")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    e.cast(e(n.inputs[0]), out, n.attr["dtype"])
+
+
+@_emits("cumsum")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    e.node("CumSum", [e(n.inputs[0]), e.graph.const(0, np.int64)], out)
+
+
+@_emits("reduce_sum")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    e.node("ReduceSum", [e(n.inputs[0]), e.i64(0)], out, keepdims=1)
+
+
+@_emits("repeat_each")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    (count,), times = e.shape(n.inputs[0]), n.attr["times"]
+    column = e.reshape(e(n.inputs[0]), e.tmp(out, "column"), count, 1)
+    e.reshape(e.node("Expand", [column, e.i64(count, times)], e.tmp(out, "expanded")), out, count * times)
+
+
+@_emits("attention_mask")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    query, key, valid = (e(i) for i in n.inputs)
+    (queries,), (keys,) = e.shape(n.inputs[0]), e.shape(n.inputs[1])
+    column = e.reshape(query, e.tmp(out, "query"), queries, 1)
+    row = e.reshape(key, e.tmp(out, "key"), 1, keys)
+    sees = e.node("LessOrEqual", [row, column], e.tmp(out, "sees"))
+    e.node("And", [sees, e.reshape(valid, e.tmp(out, "valid"), 1, keys)], out)
+
+
+@_emits("concat")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    e.node("Concat", [e(i) for i in n.inputs], out, axis=n.attr["axis"])
+
+
+@_emits("slice")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    a = n.attr
+    e.node("Slice", [e(n.inputs[0]), e.i64(a["start"]), e.i64(a["stop"]), e.i64(a["axis"])], out)
+
+
+@_emits("reshape")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    e.reshape(e(n.inputs[0]), out, *n.attr["shape"])
+
+
+@_emits("transpose")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    e.transpose(e(n.inputs[0]), out, *n.attr["perm"])
+
+
+@_emits("pad")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    shape = e.shape(n.inputs[0])
+    zeros = [0] * (2 * len(shape) - 1)
+    e.node("Pad", [e(n.inputs[0]), e.i64(*zeros, n.attr["size"] - shape[-1])], out)
+
+
+@_emits("tile")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    e.node("Expand", [e(n.inputs[0]), e.i64(*ints(e.types[n.name]))], out)
+
+
+@_emits("patchify")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    c, s, _ = e.shape(n.inputs[0])
+    p, b = n.attr["patch"], n.attr["block"]
+    g = s // p // b
+    cut = e.reshape(e(n.inputs[0]), e.tmp(out, "cut"), c, g, b, p, g, b, p)
+    e.reshape(e.transpose(cut, e.tmp(out, "sorted"), 1, 4, 2, 5, 0, 3, 6), out, *ints(e.types[n.name]))
+
+
+@_emits("pixel_shuffle")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    rows, width = e.shape(n.inputs[0])
+    g, f = math.isqrt(rows), n.attr["factor"]
+    cut = e.reshape(e(n.inputs[0]), e.tmp(out, "cut"), g // f, f, g // f, f, width)
+    e.reshape(e.transpose(cut, e.tmp(out, "sorted"), 0, 2, 1, 3, 4), out, *ints(e.types[n.name]))
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------
+
+
+@_emits("add", "sub", "mul", "sigmoid", "tanh", "relu")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    e.node(n.op.capitalize(), [e(i) for i in n.inputs], out)
+
+
+@_emits("scale")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    e.node("Mul", [e(n.inputs[0]), e.f32(n.attr["factor"])], out)
+
+
+@_emits("softmax")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    e.node("Softmax", [e(n.inputs[0])], out, axis=-1)
+
+
+@_emits("silu")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    """x * sigmoid(x): ONNX Runtime fuses it; its Swish is slower than the parts."""
+    x = e(n.inputs[0])
+    e.node("Mul", [x, e.node("Sigmoid", [x], e.tmp(out, "sigmoid"))], out)
+
+
+@_emits("gelu")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    x = e(n.inputs[0])
+    if n.attr["approximate"] != "quick":
+        e.node("Gelu", [x], out, approximate=n.attr["approximate"])
+        return
+    scaled = e.node("Mul", [x, e.f32(1.702)], e.tmp(out, "scaled"))
+    e.node("Mul", [x, e.node("Sigmoid", [scaled], e.tmp(out, "sigmoid"))], out)
+
+
+@_emits("layer_norm")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    width = e.shape(n.inputs[0])[1]
+    weight = e(n.inputs[1]) if len(n.inputs) > 1 else e.graph.const(np.ones(width, np.float32))
+    rest = [e(i) for i in n.inputs[2:]]
+    e.node("LayerNormalization", [e(n.inputs[0]), weight, *rest], out, axis=-1, epsilon=n.attr["eps"])
+
+
+@_emits("rms_norm")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    width = e.shape(n.inputs[0])[1]
+    weight = e(n.inputs[1]) if len(n.inputs) > 1 else e.graph.const(np.ones(width, np.float32))
+    e.node("RMSNormalization", [e(n.inputs[0]), weight], out, axis=-1, epsilon=n.attr["eps"])
+
+
+@_emits("time_embedding")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    """In float64: the angles reach 2 pi / min_period. An engine that computes them in float32 declines the op."""
+    a, double = n.attr, onnx_type("DOUBLE")
+    fraction = np.linspace(0.0, 1.0, a["dim"] // 2)
+    period = a["min_period"] * (a["max_period"] / a["min_period"]) ** fraction
+    rate = e.graph.const((2 * math.pi / period)[None, :])
+    t = e.node("Cast", [e(n.inputs[0])], e.tmp(out, "t"), to=double)
+    angle = e.node("Mul", [t, rate], e.tmp(out, "angle"))
+    both = [e.node(f, [angle], e.tmp(out, f.lower())) for f in ("Sin", "Cos")]
+    e.cast(e.node("Concat", both, e.tmp(out, "double"), axis=1), out, "f32")
+
+
+# --- weights ---------------------------------------------------------------------------------------------------
+
+
+@_emits("embed")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    """Rows are gathered in their storage format and widened afterwards: the table itself stays mapped."""
+    ids, table = e(n.inputs[0]), n.inputs[1]
+    if not table.startswith("@"):
+        e.node("Gather", [e(table), ids], out, axis=0)
+        return
+    w = e.graph.param(table[1:])
+    if w.format == "f32":
+        e.node("Gather", [w.values, ids], out, axis=0)
+        return
+    rows = e.node("Gather", [w.values, ids], e.tmp(out, "rows"), axis=0)
+    if w.format in ("f16", "bf16"):
+        e.cast(rows, out, "f32")
+        return
+    scale = e.node("Gather", [w.scale, ids], e.tmp(out, "scales"), axis=0)
+    column = e.reshape(scale, e.tmp(out, "column"), e.shape(n.inputs[0])[0], 1)
+    e.node("Mul", [e.cast(rows, e.tmp(out, "floats"), "f32"), column], out)
+
+
+@_emits("linear")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    biased = len(n.inputs) > 2
+    product = e.tmp(out, "product") if biased else out
+    weight = n.inputs[1]
+    w = e.graph.param(weight[1:]) if weight.startswith("@") else None
+    if w is not None and w.format == "int8" and e.form == "runtime":
+        _linear_integer(e, n.inputs[0], w, product)
+    elif w is not None and w.format in ("int8", "int4"):
+        e.node("MatMul", [e(n.inputs[0]), _dequantized(e, w)], product)
+    else:
+        e.node("MatMul", [e(n.inputs[0]), _columns(e, e(weight), w is not None and w.layout == "columns")], product)
+    if biased:
+        e.node("Add", [product, e(n.inputs[2])], out)
+
+
+def _columns(e: StageEmitter, values: str, already: bool) -> str:
+    """A weight as [K, N]; one stored as rows (an embedding reads it, too) is transposed when the engine loads it."""
+    return values if already else str(e.once(("T", values), lambda: e.transpose(values, e.tmp(values, "T"), 1, 0)))
+
+
+def _dequantized(e: StageEmitter, w: Weight) -> str:
+    """No zero point: OpenVINO reads Convert + Multiply and keeps the integers; ORT fuses int4 to MatMulNBits."""
+    attrs = {"axis": 1} if w.format == "int8" else {"axis": 0, "block_size": INT4_BLOCK}
+    q = _columns(e, w.values, w.layout == "columns")
+    return e.node("DequantizeLinear", [q, w.scale], e.tmp(w.values, "f32"), **attrs)
+
+
+def _linear_integer(e: StageEmitter, x: str, w: Weight, out: str) -> None:
+    """x quantised per row to uint8 around 128, times int8 weights: u8 x s8 has fast kernels, s8 x s8 scalar code."""
+    quantized, column = e.once(("rows", x), lambda: _quantize_rows(e, x))
+    zero = e.graph.const(128, np.uint8)
+    q = _columns(e, w.values, w.layout == "columns")
+    inputs = [quantized, q, e.f32(1.0), w.scale, zero]
+    raw = e.graph.node("MatMulIntegerToFloat", inputs, e.tmp(out, "integer"), domain=MICROSOFT)
+    e.node("Mul", [raw, column], out)
+
+
+def _quantize_rows(e: StageEmitter, x: str) -> tuple[str, str]:
+    """(uint8 [M, K], scales as a column [M, 1]) of a value; shared by all linears that read it."""
+    rows, name = e.shape(x)[0], e(x)
+    most = e.node("ReduceMax", [name, e.i64(1)], e.tmp(name, "max"), keepdims=0)
+    least = e.node("ReduceMin", [name, e.i64(1)], e.tmp(name, "min"), keepdims=0)
+    negated = e.node("Neg", [least], e.tmp(name, "neg"))
+    absmax = e.node("Max", [most, negated, e.f32(1e-8)], e.tmp(name, "absmax"))
+    scale = e.node("Mul", [absmax, e.f32(1 / 127)], e.tmp(name, "scale"))
+    zeros = e.graph.const(np.full(rows, 128, np.uint8))
+    quantized = e.node("QuantizeLinear", [name, scale, zeros], e.tmp(name, "u8"), axis=0)
+    return quantized, e.reshape(scale, e.tmp(name, "scales"), rows, 1)
+
+
+# --- attention -------------------------------------------------------------------------------------------------
+
+
+@_emits("attention")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    """Decomposed; the query heads of one key head become rows of one matrix, so K and V are never repeated."""
+    heads, groups = n.attr["heads"], n.attr["kv_heads"]
+    per = heads // groups
+    (queries, q_width), (keys, _), (_, v_width) = (e.shape(i) for i in n.inputs[:3])
+    d, v_dim = q_width // heads, v_width // groups
+    q, k, v = (e(i) for i in n.inputs[:3])
+    if n.attr["scale"] != 1.0:
+        q = e.once(("scaled", q, n.attr["scale"]), lambda: e.node("Mul", [q, e.f32(n.attr["scale"])], e.tmp(out, "q")))
+    q = e.transpose(e.reshape(q, e.tmp(out, "q4"), queries, groups, per, d), e.tmp(out, "qt"), 1, 2, 0, 3)
+    q = e.reshape(q, e.tmp(out, "q3"), groups, per * queries, d)
+    k = e.transpose(e.reshape(k, e.tmp(out, "k3"), keys, groups, d), e.tmp(out, "kt"), 1, 2, 0)
+    v = e.transpose(e.reshape(v, e.tmp(out, "v3"), keys, groups, v_dim), e.tmp(out, "vt"), 1, 0, 2)
+    scores = e.node("MatMul", [q, k], e.tmp(out, "scores"))
+    if len(n.inputs) > 3:
+        scores = e.node("Add", [scores, _mask_bias(e, n.inputs[3], per)], e.tmp(out, "masked"))
+    p = e.node("Softmax", [scores], e.tmp(out, "p"), axis=-1)
+    y = e.node("MatMul", [p, v], e.tmp(out, "y"))
+    y = e.reshape(y, e.tmp(out, "y4"), groups, per, queries, v_dim)
+    e.reshape(e.transpose(y, e.tmp(out, "yt"), 2, 0, 1, 3), out, queries, heads * v_dim)
+
+
+def _mask_bias(e: StageEmitter, mask: str, per: int) -> str:
+    """0 or MASKED [per * queries, keys], made once per mask and head grouping."""
+    if mask in e.constants:
+        bias = np.where(e.constants[mask], 0.0, MASKED).astype(np.float32)
+        return e.graph.const(np.tile(bias, (per, 1)))
+
+    def one() -> str:
+        return e.node("Where", [e(mask), e.f32(0.0), e.f32(MASKED)], e.tmp(e(mask), "bias"))
+
+    def tiled() -> str:
+        rows = [e.once(("bias", mask, 1), one)] * per
+        return e.node("Concat", rows, e.tmp(e(mask), f"bias{per}"), axis=0)
+
+    return str(e.once(("bias", mask, per), one if per == 1 else tiled))
+
+
+@_emits("rope")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    x, positions = n.inputs
+    rows, width = e.shape(x)
+    d, base = n.attr["head_dim"], float(n.attr["base"])
+    cos, sin = e.once(("rope", positions, d, base), lambda: _rope_tables(e, n, positions, d, base))
+    x3 = e.reshape(e(x), e.tmp(out, "x3"), 1, rows, width)
+    e.reshape(e.node("RotaryEmbedding", [x3, cos, sin], e.tmp(out, "y3"), num_heads=width // d), out, rows, width)
+
+
+def _rope_tables(e: StageEmitter, n: Node, positions: str, d: int, base: float) -> tuple[str, str]:
+    """cos and sin [1, rows, d/2] of these positions, from tables made in float64."""
+    if positions in e.constants:
+        angle = _angles(e.constants[positions], d, base)[None]
+        return e.graph.const(np.cos(angle), np.float32), e.graph.const(np.sin(angle), np.float32)
+    bounds = e.ranges.get(positions)
+    if bounds is None or bounds[1] - bounds[0] >= MAX_POSITIONS:
+        raise Unsupported(
+            f"stage {e.stage.name}, {n.name} = rope: positions {positions} have no known bound ({bounds}), so no table "
+            "of cosines can be made",
+            remedy="derive positions from masks and arange, or use a gguf target",
+        )
+    rows, name = e.shape(positions)[0], e(positions)
+
+    def index() -> str:
+        row = e.reshape(name, e.tmp(name, "row"), 1, rows)
+        if bounds[0] == 0:
+            return row
+        return e.node("Sub", [row, e.graph.const(bounds[0], np.int32)], e.tmp(name, "index"))
+
+    at = e.once(("index", positions), index)
+    angle = _angles(np.arange(bounds[0], bounds[1] + 1), d, base)
+    return (
+        e.node("Gather", [e.graph.const(np.cos(angle), np.float32), at], e.tmp(name, f"cos{d}"), axis=0),
+        e.node("Gather", [e.graph.const(np.sin(angle), np.float32), at], e.tmp(name, f"sin{d}"), axis=0),
+    )
+
+
+def _angles(positions: NpArray, d: int, base: float) -> NpArray:
+    return np.asarray(positions, np.float64)[:, None] / base ** (np.arange(0, d, 2) / d)

@@ -1,0 +1,142 @@
+"""`--single-file`: the whole schedule as one graph, from the program's runtime inputs to the normalised chunk.
+
+Cameras are unrolled (pixels [C, 3, S, S] are cut into slots, a slot without a camera gives zeros), a Repeat becomes a
+Loop whose body sees the weights of the graph around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from vlac.engines.onnx_files import SINGLE
+from vlac.errors import Unsupported
+from vlac.graph import RUNTIME_INPUTS, Call, Program, Repeat, infer_stage
+from vlac.ops import Type
+from vlac.targets._folder import TensorStore
+from vlac.targets._onnx_graph import Graph, onnx_type
+from vlac.targets._onnx_ops import StageEmitter, ints
+from vlac.targets._onnx_ranges import Range
+
+Bounds = Mapping[str, Mapping[str, Range]]
+
+
+def write_single(
+    program: Program, store: TensorStore, folder: Path, bounds: Bounds, forms: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    """Writes model.onnx (and model.openvino.onnx where the form differs); returns manifest["onnx"]."""
+    files = {}
+    for engine, form in forms.items():
+        name = f"{SINGLE}.onnx" if engine == "onnxruntime" else f"{SINGLE}.{engine}.onnx"
+        _Schedule(program, Graph(store, f"{SINGLE}.onnx.data"), bounds, form).write(folder / name)
+        files[engine] = name
+    return {SINGLE: {"openvino": files["onnxruntime"], **files}}
+
+
+def runtime_inputs(program: Program) -> list[tuple[str, Type]]:
+    """What the schedule reads from the runtime, in RUNTIME_INPUTS order; pixels with the camera axis in front."""
+    types: dict[str, Type] = {}
+    for step in program.schedule.steps:
+        for name, t in program.stage(step.stage).inputs:
+            if name in RUNTIME_INPUTS:
+                per_camera = isinstance(step, Call) and bool(step.each) and name == "pixels"
+                types[name] = Type(t.dtype, (_slots(program), *t.shape)) if per_camera else t
+        if isinstance(step, Repeat):
+            inputs = dict(program.stage(step.stage).inputs)
+            types.update({start: inputs[into] for _, into, start in step.carry if start in RUNTIME_INPUTS})
+    if any(isinstance(s, Call) and s.each for s in program.schedule.steps):
+        types.setdefault("image_valid", Type("bool", (_slots(program),)))
+    return [(name, types[name]) for name in RUNTIME_INPUTS if name in types]
+
+
+def _slots(program: Program) -> int:
+    """Camera slots C: the length of image_valid or camera_valid, or how many cameras' outputs a later stage reads."""
+    for stage in program.stages:
+        for name, t in stage.inputs:
+            if name in ("image_valid", "camera_valid"):
+                return ints(t)[0]
+    for step in program.schedule.steps:
+        if isinstance(step, Call) and step.each:
+            types = infer_stage(program.stage(step.stage), program.params)
+            for stage in program.stages:
+                for name, t in stage.inputs:
+                    if name in program.stage(step.stage).outputs:
+                        return ints(t)[0] // ints(types[name])[0]
+    raise Unsupported(f"program {program.name}: no stage tells how many camera slots there are")
+
+
+class _Schedule:
+    """Emits the steps one after the other; `env` maps each value of the schedule to its name in the graph."""
+
+    def __init__(self, program: Program, graph: Graph, bounds: Bounds, form: str) -> None:
+        self.program = program
+        self.graph = graph
+        self.bounds = bounds
+        self.form = form
+        self.env = {name: graph.unique(name) for name, _ in runtime_inputs(program)}
+        self.types: dict[str, Type] = dict(runtime_inputs(program))
+
+    def write(self, path: Path) -> None:
+        for step in self.program.schedule.steps:
+            if isinstance(step, Repeat):
+                self._repeat(step)
+            elif step.each:
+                self._each_camera(step)
+            else:
+                made = self._stage(self.graph, step.stage, self.env, f"{step.stage}/")
+                self._define(step.stage, made)
+        result = self.program.schedule.result
+        if result not in self.env:
+            raise Unsupported(f"program {self.program.name}: its result {result} is no output that a Repeat carries")
+        out = self.graph.node("Identity", [self.env[result]], self.graph.unique(result))
+        self.graph.save(path, self.program.name, runtime_inputs(self.program), [(out, self.types[result])])
+
+    def _stage(self, graph: Graph, name: str, env: Mapping[str, str], prefix: str) -> dict[str, str]:
+        stage = self.program.stage(name)
+        given = {n: env[n] for n, _ in stage.inputs}
+        return StageEmitter(graph, self.program, stage, self.bounds[name], self.form, given, prefix).emit()
+
+    def _define(self, stage: str, made: Mapping[str, str]) -> None:
+        types = infer_stage(self.program.stage(stage), self.program.params)
+        self.env.update(made)
+        self.types.update({name: types[name] for name in made})
+
+    def _each_camera(self, step: Call) -> None:
+        g, stage = self.graph, self.program.stage(step.stage)
+        types = infer_stage(stage, self.program.params)
+        slots = _slots(self.program)
+        parts: dict[str, list[str]] = {o: [] for o in stage.outputs}
+        for i in range(slots):
+            at = g.const(i, np.int64)
+            pixels = g.node("Gather", [self.env["pixels"], at], g.unique(f"{step.stage}/{i}/pixels"), axis=0)
+            given = g.node("Gather", [self.env["image_valid"], at], g.unique(f"{step.stage}/{i}/given"), axis=0)
+            made = self._stage(g, step.stage, {**self.env, "pixels": pixels}, f"{step.stage}/{i}/")
+            for name, value in made.items():
+                zero = g.const(np.zeros((), {"f32": np.float32, "i32": np.int32, "bool": np.bool_}[types[name].dtype]))
+                parts[name].append(g.node("Where", [given, value, zero], g.unique(f"{value}/or_zero")))
+        for name, values in parts.items():
+            self.env[name] = g.node("Concat", values, g.unique(f"{step.stage}/{name}"), axis=0)
+            shape = ints(types[name])
+            self.types[name] = Type(types[name].dtype, (shape[0] * slots, *shape[1:]))
+
+    def _repeat(self, step: Repeat) -> None:
+        """Loop(times, true, carries...): the body counts in int64, the stage's index is i32[1]."""
+        g, body = self.graph, self.graph.body()
+        types = infer_stage(self.program.stage(step.stage), self.program.params)
+        turn, keep = g.unique(f"{step.stage}/turn"), g.unique(f"{step.stage}/keep")
+        env = {**self.env, **{into: g.unique(f"{step.stage}/{into}") for _, into, _ in step.carry}}
+        narrow = body.node("Cast", [turn], g.unique(f"{step.stage}/narrow"), to=onnx_type("INT32"))
+        index = g.unique(f"{step.stage}/{step.index}")
+        env[step.index] = body.node("Reshape", [narrow, g.const((1,), np.int64)], index)
+        made = self._stage(body, step.stage, env, f"{step.stage}/")
+        again = body.node("Identity", [keep], g.unique(f"{step.stage}/again"))
+        carried = [(env[into], types[into]) for _, into, _ in step.carry]
+        results = [(made[out], types[out]) for out, _, _ in step.carry]
+        proto = body.loop_body(f"{step.stage}", turn, keep, carried, again, results)
+        outs = [g.unique(f"{step.stage}/{out}/last") for out, _, _ in step.carry]
+        start = [g.const(step.times, np.int64), g.const(True), *(self.env[first] for _, _, first in step.carry)]
+        g.node("Loop", start, outs, body=proto)
+        for (out, _, _), name in zip(step.carry, outs, strict=True):
+            self.env[out], self.types[out] = name, types[out]

@@ -1,0 +1,117 @@
+"""Targets onnx-fp32, onnx-fp16, onnx-int8, onnx-int4: a folder, one ONNX file per stage, for ONNX Runtime and OpenVINO.
+
+{stage}.onnx holds the graph (static shapes: every symbol at its largest value), {stage}.onnx.data the weights, aligned
+for mapping. int8 has a second graph per stage, {stage}.openvino.onnx, over the same data file (see _onnx_ops.py).
+`--single-file` writes one model.onnx that makes the whole chunk (see _onnx_single.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlac.artifact import Sidecars
+from vlac.errors import VlacError
+from vlac.graph import Program, Stage, infer_stage
+from vlac.registry import Progress, Target, targets
+from vlac.targets._folder import TensorStore, write_sidecars
+from vlac.targets._onnx_graph import Graph
+from vlac.targets._onnx_ops import StageEmitter
+from vlac.targets._onnx_ranges import Range, ranges
+
+ENGINES = ("onnxruntime", "openvino")
+_WIDTHS = {"fp16": ("f16", "f16"), "int8": ("int8", "int8"), "int4": ("int4", "int8"), "fp32": ("f32", "f32")}
+"""precision -> formats of (weights of linears, embedding tables); everything else is f32."""
+
+
+def _plan(precision: str) -> Callable[[str, tuple[int, ...], str], str]:
+    linear, embed = _WIDTHS[precision]
+    return lambda name, shape, role: {"linear": linear, "embed": embed}.get(role, "f32")
+
+
+def lower(program: Program, options: Mapping[str, Any]) -> Program:
+    """Static shapes, and linears padded to the blocks of their format."""
+    from vlac.lower import pad_to_blocks
+
+    return pad_to_blocks(program.bind(program.max_symbols()))
+
+
+def emit(program: Program, sidecars: Sidecars, folder: Path, options: Mapping[str, Any], progress: Progress) -> None:
+    """Writes the folder; peak memory is a few copies of the largest tensor."""
+    _need_onnx()
+    store = TensorStore(folder, program, progress)
+    bounds = ranges(program)
+    if options.get("single_file"):
+        from vlac.targets._onnx_single import write_single
+
+        stages = write_single(program, store, folder, bounds, forms(program))
+    else:
+        stages = {s.name: write_stage(program, s, store, folder, bounds[s.name]) for s in program.stages}
+    for name in program.params:  # those no stage reads, too: an artifact holds every parameter of its program
+        store.param(name, f"{program.stages[-1].name}.onnx.data")
+    extra = {"tensors": store.index(), "onnx": stages, "single_file": bool(options.get("single_file"))}
+    write_sidecars(folder, sidecars, {**extra, **_engines(program, sidecars)})
+
+
+def forms(program: Program) -> dict[str, str]:
+    """engine -> form of its graphs; one entry per graph file to write."""
+    integer = any(p.format == "int8" for p in program.params.values())
+    return {"onnxruntime": "runtime", "openvino": "portable"} if integer else {"onnxruntime": "portable"}
+
+
+def write_stage(
+    program: Program, stage: Stage, store: TensorStore, folder: Path, bounds: Mapping[str, Range]
+) -> dict[str, str]:
+    """The graph files of one stage; returns engine -> file name."""
+    files: dict[str, str] = {}
+    types = infer_stage(stage, program.params)
+    for engine, form in forms(program).items():
+        name = f"{stage.name}.onnx" if engine == "onnxruntime" else f"{stage.name}.{engine}.onnx"
+        graph = Graph(store, f"{stage.name}.onnx.data")
+        given = {n: graph.unique(n) for n, _ in stage.inputs}
+        made = StageEmitter(graph, program, stage, bounds, form, given).emit()
+        graph.save(folder / name, stage.name, stage.inputs, [(made[o], types[o]) for o in stage.outputs])
+        files[engine] = name
+    return {engine: files.get(engine, files["onnxruntime"]) for engine in ENGINES}
+
+
+def _engines(program: Program, sidecars: Sidecars) -> dict[str, Any]:
+    """Engines that run every op of this program, and why the others do not."""
+    from vlac.engines import onnxruntime_engine, openvino_engine
+
+    ops = {n.op for s in program.stages for n in s.nodes}
+    tables = {"onnxruntime": onnxruntime_engine.DECLINES, "openvino": openvino_engine.DECLINES}
+    declined = {e: {op: why for op, why in t.items() if op in ops} for e, t in tables.items()}
+    declined = {e: found for e, found in declined.items() if found}
+    if set(declined) >= set(ENGINES):
+        raise VlacError(f"no engine runs this program: {declined}")
+    engines = [e for e in sidecars.manifest.get("engines", ENGINES) if e not in declined]
+    return {"engines": engines, **({"declined": declined} if declined else {})}
+
+
+def _need_onnx() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("onnx") is None:
+        raise VlacError("the onnx targets need the package onnx", remedy="pip install 'vlac-compiler[onnx]'")
+
+
+def _target(precision: str, doc: str) -> Target:
+    return targets.add(
+        Target(
+            name=f"onnx-{precision}",
+            plan=_plan(precision),
+            lower=lower,
+            emit=emit,
+            engines=ENGINES,
+            options={"single_file": "one model.onnx that makes the whole chunk, the flow steps in a Loop"},
+            doc=doc,
+        )
+    )
+
+
+FP32 = _target("fp32", "float32 weights; one file per stage for ONNX Runtime and OpenVINO")
+FP16 = _target("fp16", "float16 weights, computed in float32: half the file at the same speed")
+INT8 = _target("int8", "int8 weights per output row, activations quantised per row while running")
+INT4 = _target("int4", "int4 weights in blocks of 32, embeddings int8; smallest file")

@@ -1,0 +1,141 @@
+"""ONNX Runtime on the stage files of an ONNX artifact (CPU by default), or on the one file of a --single-file artifact.
+
+Options: "provider" (default CPUExecutionProvider), "spinning" (threads wait busily: for a machine with nothing else).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlac.artifact import Artifact
+from vlac.engines.base import Engine, EngineSession, NpArray, Values
+from vlac.engines.onnx_files import SINGLE, default_threads, graph_files, integer_formats
+from vlac.errors import EngineError
+
+DECLINES: Mapping[str, str] = {}
+"""op -> why this engine does not run it."""
+
+CPU = "CPUExecutionProvider"
+
+
+class OnnxRuntimeSession(EngineSession):
+    """One InferenceSession per stage, made when the artifact is opened."""
+
+    engine = "onnxruntime"
+
+    def __init__(self, artifact: Artifact, threads: int | None, options: Mapping[str, Any]) -> None:
+        import onnxruntime
+
+        files = graph_files(artifact, self.engine)
+        count = threads or default_threads()
+        provider = str(options.get("provider", CPU))
+        if provider not in onnxruntime.get_available_providers():
+            raise EngineError(
+                f"onnxruntime {onnxruntime.__version__} has no provider {provider!r}; "
+                f"there are: {', '.join(onnxruntime.get_available_providers())}"
+            )
+        self._single = SINGLE in files and bool(artifact.manifest.get("single_file"))
+        self._result = artifact.program.schedule.result
+        self._path = artifact.path
+        integers = bool(integer_formats(artifact))
+        make = self._options(onnxruntime, count, integers, bool(options.get("spinning")))
+        # MatMul + Add would become Gemm, which dequantised weights are not fused with: they would be widened every time
+        disabled = ["MatMulAddFusion"] if integers else []
+        self._sessions = {
+            stage: _open(onnxruntime, path, make, [provider] if provider == CPU else [provider, CPU], disabled)
+            for stage, path in files.items()
+        }
+        self._inputs = {k: [i.name for i in s.get_inputs()] for k, s in self._sessions.items()}
+        self._outputs = {k: [o.name for o in s.get_outputs()] for k, s in self._sessions.items()}
+        self.info = {
+            "engine": self.engine,
+            "onnxruntime": onnxruntime.__version__,
+            "provider": provider,
+            "threads": count,
+        }
+
+    @staticmethod
+    def _options(onnxruntime: Any, threads: int, integers: bool, spinning: bool) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        if integers:
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+        return options
+
+    def run(self, stage: str, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:
+        if self._single or stage not in self._sessions:
+            raise EngineError(
+                f"{self._path} has no stage {stage}; it holds {', '.join(self._sessions)}",
+                remedy="single-file artifacts run as a whole" if self._single else "compile again",
+            )
+        return self._run(stage, inputs)
+
+    def run_all(self, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray] | None:
+        """The whole schedule of a --single-file artifact: {result name: normalised chunk}; None for a staged artifact.
+
+        `inputs` holds the runtime inputs that the program reads, by name; `pixels` stacked as f32 [C, 3, S, S] in slot
+        order, zeros for a camera that was not given.
+        """
+        return self._run(SINGLE, inputs) if self._single else None
+
+    def _run(self, stage: str, inputs: Values) -> dict[str, NpArray]:
+        feed = {name: np.ascontiguousarray(inputs[name]) for name in self._inputs[stage]}
+        try:
+            made = self._sessions[stage].run(self._outputs[stage], feed)
+        except _native_errors() as error:
+            raise EngineError(f"onnxruntime failed in stage {stage} of {self._path}: {error}") from None
+        return dict(zip(self._outputs[stage], made, strict=True))
+
+    def close(self) -> None:
+        self._sessions.clear()
+
+
+def _open(onnxruntime: Any, path: Path, options: Any, providers: list[str], disabled: list[str]) -> Any:
+    try:
+        return onnxruntime.InferenceSession(
+            str(path), sess_options=options, providers=providers, disabled_optimizers=disabled
+        )
+    except _native_errors() as error:
+        raise EngineError(
+            f"onnxruntime {onnxruntime.__version__} cannot load {path}: {str(error)[:500]}",
+            remedy="compile again; the files need onnxruntime 1.23 or later",
+        ) from None
+
+
+def _native_errors() -> tuple[type[Exception], ...]:
+    """Everything onnxruntime raises: its exception classes share no base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+    own = [v for v in vars(native).values() if isinstance(v, type) and issubclass(v, Exception)]
+    return (RuntimeError, ValueError, TypeError, OSError, *own)
+
+
+class OnnxRuntimeEngine(Engine):
+    """onnxruntime, if it is installed."""
+
+    name = "onnxruntime"
+
+    def missing(self) -> str:
+        from importlib.util import find_spec
+
+        if find_spec("onnxruntime") is None:
+            return "onnxruntime is not installed; pip install 'vlac-compiler[onnx]' (or only onnxruntime)"
+        return ""
+
+    def open(
+        self, artifact: Artifact, *, threads: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> EngineSession:
+        if why := self.missing():
+            raise EngineError(why)
+        return OnnxRuntimeSession(artifact, threads, options or {})
+
+
+ENGINE = OnnxRuntimeEngine()
