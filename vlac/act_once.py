@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlac.errors import InputError
+from vlac.errors import InputError, VlacWarning
 from vlac.runtime.session import load
 
 NpArray = np.ndarray[Any, Any]
@@ -22,7 +23,7 @@ def act_once(
     state: str | None,
     task: str | None,
     seed: int | None = None,
-    units: str = "robot",
+    units: str | None = None,
     engine: str | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
@@ -32,21 +33,24 @@ def act_once(
         images: camera (feature key or its last part) -> picture file.
         state: "0,0,..." raw values, None if the policy takes none.
 
-    Returns: chunk (float32 [chunk_size, action_dim]), actions (names), units, engine, stats (milliseconds).
+    Returns: chunk (float32 [chunk_size, action_dim]), actions (names), units, engine, stats (milliseconds), warnings.
     Raises: VlacError for files, state and cameras that do not fit.
     """
     pictures = {name: read_image(Path(file)) for name, file in images.items()}
     values = parse_state(state)
     policy = load(path, engine=engine, threads=threads)
     try:
-        chunk = policy.act(images=pictures, state=values, task=task, seed=seed, units=units)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", VlacWarning)  # they are in the answer
+            chunk = policy.act(images=pictures, state=values, task=task, seed=seed, units=units)
         names = list(policy.io.action_names) or [f"action {i}" for i in range(chunk.shape[1])]
         return {
-            "units": units,
-            "engine": policy.engine,
+            "units": units or policy.hparams.units,
+            "engine": policy.hparams.engine,
             "actions": names,
             "chunk": chunk,
             "stats": dict(policy.stats),
+            "warnings": list(policy.warnings),
         }
     finally:
         policy.close()

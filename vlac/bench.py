@@ -207,7 +207,7 @@ def _one_hash(hashes: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _versions(info: Mapping[str, Any]) -> dict[str, str]:
     named = {"vlac": __version__, "python": platform.python_version(), "numpy": np.__version__}
-    skip = ("engine", "threads", "path", "library")
+    skip = ("engine", "threads", "artifact", "container", "target")
     return named | {k: str(v) for k, v in info.items() if isinstance(v, str) and k not in skip and len(str(v)) < 60}
 
 

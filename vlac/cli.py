@@ -34,9 +34,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the eng
 StatsKey = Annotated[str | None, typer.Option(help="Name under which the checkpoint keeps its statistics.")]
 StatsFrom = Annotated[str | None, typer.Option(help="File or checkpoint to take statistics from.")]
 NoStats = Annotated[bool, typer.Option("--no-stats", help="Without statistics: normalised units only.")]
-Spec = Annotated[
-    list[str] | None, typer.Option("--spec", metavar="K=V", help="A dimension, such as text.head_dim=64.")
-]
+Spec = Annotated[list[str] | None, typer.Option("--spec", metavar="K=V", help="A dimension, such as text.head_dim=64.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 
 
@@ -152,19 +150,19 @@ def inspect_command(
 
     Features, cameras, statistics and what they cover, tokenizer, dimensions, formats, warnings.
     """
-    from vlac import inspect, progress
+    from vlac import facts, facts_text, progress
+    from vlac.registry import ReadOptions
     from vlac.tables import as_json
 
-    options = inspect.Options(revision, stats_key, stats_from, no_stats, key_values(spec, "--spec"))
+    options = ReadOptions(revision, stats_key, stats_from, no_stats, key_values(spec, "--spec"))
     with progress.progress(json_output or quiet) as show:
         if program or after:
-            text = inspect.program_text(path, after=after, options=options, progress=show)
+            text = facts.program_text(path, after=after, options=options, progress=show)
+            found = {"program": text}
         else:
-            facts = inspect.inspect(path, options=options, progress=show)
-    if program or after:
-        typer.echo(as_json({"program": text}) if json_output else text.rstrip("\n"))
-    else:
-        typer.echo(as_json(facts) if json_output else inspect.text(facts))
+            found = facts.inspect(path, options=options, progress=show)
+            text = facts_text.text(found)
+    typer.echo(as_json(found) if json_output else text.rstrip("\n"))
 
 
 @app.command("compile")
@@ -198,7 +196,7 @@ def compile_command(
 ) -> None:
     """Compile a checkpoint to an artifact that acts without it."""
     import vlac
-    from vlac import inspect, progress
+    from vlac import facts_text, progress
     from vlac.tables import as_json
 
     with progress.progress(json_output or quiet) as show:
@@ -221,7 +219,7 @@ def compile_command(
     if json_output:
         typer.echo(as_json({"path": None if result.path is None else str(result.path), "manifest": result.manifest}))
     else:
-        typer.echo(inspect.compiled_text(result.path, result.manifest))
+        typer.echo(facts_text.compiled_text(result.path, result.manifest))
 
 
 @app.command("parity")
@@ -253,12 +251,14 @@ def parity_command(
 
     Question 1: is the compiler right? Question 2: what did the recipe cost? Exit code 1 when a limit does not hold.
     """
-    from vlac import inspect, progress
+    from vlac import progress
     from vlac.parity import parity
+    from vlac.registry import ReadOptions
     from vlac.report import parity_text
     from vlac.tables import as_json
 
-    given = inspect.Options(revision, stats_key, stats_from, no_stats, key_values(spec, "--spec"))
+    how = any((revision, stats_key, stats_from, no_stats, spec))
+    read = ReadOptions(revision, stats_key, stats_from, no_stats, key_values(spec, "--spec")) if how else None
     with progress.progress(json_output or quiet) as show:
         report = parity(
             path,
@@ -267,7 +267,7 @@ def parity_command(
             engine=engine,
             threads=threads,
             limits=limit or (),
-            read=given.read() if any((revision, stats_key, stats_from, no_stats, spec)) else None,
+            read=read,
             progress=show,
         )
     typer.echo(as_json(report) if json_output else parity_text(report))
@@ -318,12 +318,13 @@ def run_command(
     ] = None,
     task: Annotated[str | None, typer.Option(help="The instruction.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampler's noise.")] = None,
-    units: Annotated[str, typer.Option(metavar="robot|normalized", help="Units of the actions.")] = "robot",
+    units: Annotated[
+        str | None,
+        typer.Option(metavar="robot|normalized", help="Units of state and actions; default: the artifact's."),
+    ] = None,
     engine: Engine = None,
     threads: Threads = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="chunk.npy", help="Write the chunk there.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="chunk.npy", help="Write the chunk there.")] = None,
     json_output: Json = False,
 ) -> None:
     """Act once on pictures, a state and a task."""

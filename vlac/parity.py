@@ -20,13 +20,15 @@ import numpy as np
 
 from vlac import metrics
 from vlac.artifact import Artifact, Golden, open_artifact
-from vlac.engines.base import EngineSession, get_engine
+from vlac.engines.base import EngineSession
 from vlac.errors import EngineError, InputError, VlacError
 from vlac.graph import Program, Repeat
 from vlac.io import IO
 from vlac.metrics import Joint, Limit
 from vlac.observations import load_observations
 from vlac.registry import Progress, ReadOptions, silent
+from vlac.runtime.actions import apply_action_steps
+from vlac.runtime.session import choose_engine, execute, prepare
 
 if TYPE_CHECKING:
     from vlac.policy import Policy
@@ -115,7 +117,8 @@ def parity(
     wanted = [metrics.parse_limit(text) for text in limits]
     artifact = open_artifact(path)
     given, source = _observations(artifact, observations)
-    name = _engine_name(artifact, engine)
+    chosen = choose_engine(artifact, engine)
+    name = chosen.name
     grade = grade_of(artifact.program)
     report: dict[str, Any] = {
         "artifact": str(artifact.path),
@@ -126,7 +129,7 @@ def parity(
         "observations": {"source": source, "count": len(given)},
         "not_asked": ["3. Does it matter? Success on a task in closed loop, with paired seeds."],
     }
-    session = get_engine(name).open(artifact, threads=threads)
+    session = chosen.open(artifact, threads=threads)
     try:
         report["engine_info"] = dict(session.info)
         mine = _answers(artifact.program, session, artifact.io, artifact.tokenizer, given, progress, f"{name} engine")
@@ -163,21 +166,6 @@ def _observations(artifact: Artifact, file: str | Path | None) -> tuple[tuple[Go
     return goldens, f"the artifact's golden observations{f' ({kind})' if kind else ''}; no data was given"
 
 
-def _engine_name(artifact: Artifact, engine: str | None) -> str:
-    if engine is not None:
-        return engine
-    reasons = []
-    for name in artifact.engines:
-        why = get_engine(name).missing()
-        if not why:
-            return name
-        reasons.append(f"{name}: {why}")
-    raise EngineError(
-        f"{artifact.path}: no engine for it is installed here\n  " + "\n  ".join(reasons),
-        remedy="install one of them; `vlac doctor` tells how",
-    )
-
-
 def _answers(
     program: Program,
     session: EngineSession,
@@ -187,9 +175,6 @@ def _answers(
     progress: Progress,
     what: str,
 ) -> Answers:
-    from vlac.runtime.actions import apply_action_steps
-    from vlac.runtime.session import execute, prepare
-
     total = 2 * len(given) + CALLS - 1
     result = Answers([], [], [], {})
     done = 0
