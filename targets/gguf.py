@@ -1,8 +1,8 @@
 """GGUF targets: one self-contained file with weights, program, io, tokenizer, manifest and golden observations.
 
-Each row of `_RECIPES` is a target: which format linears and embedding tables get, and how the file calls itself. Tensors
-are streamed: one is in memory at a time. Tensor names follow llama.cpp's manner by the table `_RENAMES`, and the program
-inside the file uses those names; the file is named by the GGUF naming convention.
+Each row of `_RECIPES` is a target: which format linears and embedding tables get, and how the file calls itself.
+Tensors are streamed: one is in memory at a time. Names follow llama.cpp's manner by the table `_RENAMES`, and the
+program inside the file uses those names; the file is named by the GGUF naming convention.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from vlac.registry import Progress, Target, targets
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a target stores linears in, llama.cpp's number for it (general.file_type), and the label in the file name."""
+    """What a target stores linears in, general.file_type for it, and the label in the file name."""
 
     linear: str
     file_type: int
@@ -65,7 +65,7 @@ _RECIPES = {
 }
 
 _MAX_WASTE = 1 / 15
-"""Zero columns a linear may get so that its rows suit 256-blocks: 960 -> 1024 and 720 -> 768 pay, 320 -> 512 does not."""
+"""Share of zero columns a linear may get to suit 256-blocks: 960 -> 1024 and 720 -> 768 pay, 320 -> 512 does not."""
 
 
 def _plan(linear: str) -> Callable[[str, tuple[int, ...], str], str]:
@@ -130,7 +130,7 @@ def tensor_name(name: str) -> str:
 
 
 def _rename(program: Program) -> tuple[Program, dict[str, str]]:
-    """The program under the file's names, and file name -> program name. A clash keeps the program's own names."""
+    """The program under the file's names, and file name -> program name. Unsupported when two clash."""
     names = {name: tensor_name(name) for name in program.params}
     taken: dict[str, str] = {GOLDEN: ""}
     for old, new in names.items():

@@ -1,0 +1,264 @@
+"""The ggml engine: programs from GGUF artifacts as ggml graphs on the CPU, weights mapped from the file without a copy.
+
+For every stage and bucket a graph is built once (vlac/engines/ggml_ops.py says how); a run fills the feeds whose inputs
+changed, computes, and copies the outputs out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vlac.artifact import Artifact, StoredTensor
+from vlac.engines import ggml_lib
+from vlac.engines.base import Engine, EngineSession, NpArray, Values
+from vlac.engines.ggml_lib import Ggml, InitParams, Tensor
+from vlac.engines.ggml_ops import LAYOUTS, Drawing, Feed, StagePlan, plan_stage
+from vlac.errors import EngineError
+from vlac.formats import get_format
+from vlac.graph import Program
+from vlac.ops import DTYPES, OPS
+
+ALIGNMENT = 32
+"""Bytes; ggml asserts that memory it is given starts at a multiple."""
+
+MAX_GRAPHS = 12
+"""Graphs kept per session; the one unused for longest goes first (each holds its compute buffer)."""
+
+_WEIGHTS_USAGE = 1
+
+
+class PlacedWeights:
+    """Tensors of an artifact as ggml tensors that point into the mapped file (a private copy where unaligned)."""
+
+    def __init__(self, lib: Ggml, tensors: Mapping[str, StoredTensor]) -> None:
+        self.lib = lib
+        self.tensors: dict[str, int] = {}
+        self._held: list[NpArray] = []
+        self._buffers: list[int] = []
+        self._context = lib.init(InitParams((len(tensors) + 1) * lib.tensor_overhead(), None, True))
+        for name, stored in tensors.items():
+            self.tensors[name] = self._place(name, stored)
+
+    def _place(self, name: str, stored: StoredTensor) -> int:
+        form = get_format(stored.format)
+        if stored.data is None or form.ggml_type is None:
+            raise EngineError(
+                f"engine ggml: tensor {name} ({stored.format}) is not stored in one of ggml's formats",
+                remedy="compile with a gguf target, or run this artifact with --engine torch",
+            )
+        if (
+            not 1 <= len(stored.shape) <= 4
+            or stored.shape[-1] % form.block
+            or stored.data.nbytes != form.nbytes(stored.shape)
+        ):
+            raise EngineError(
+                f"engine ggml: tensor {name}: {stored.data.nbytes} bytes for {form.name}{list(stored.shape)}"
+            )
+        data = np.ascontiguousarray(stored.data)
+        if data.ctypes.data % ALIGNMENT:
+            data = _aligned(data)
+        self._held.append(data)
+        address = data.ctypes.data
+        tensor = self.lib.new_tensor_4d(self._context, form.ggml_type, *(*reversed(stored.shape), 1, 1, 1)[:4])
+        buffer = self.lib.backend_cpu_buffer_from_ptr(address, data.nbytes)
+        if not buffer or self.lib.nbytes(tensor) != data.nbytes:
+            raise EngineError(f"engine ggml: tensor {name} cannot be placed in memory")
+        self._buffers.append(buffer)
+        self.lib.backend_buffer_set_usage(buffer, _WEIGHTS_USAGE)
+        if self.lib.backend_tensor_alloc(buffer, tensor, address) != 0:
+            raise EngineError(f"engine ggml: tensor {name} cannot be placed in memory")
+        return int(tensor)
+
+    def free(self) -> None:
+        for buffer in self._buffers:
+            self.lib.backend_buffer_free(buffer)
+        self.lib.free(self._context)
+        self._buffers, self._held, self.tensors = [], [], {}
+
+
+def _aligned(data: NpArray) -> NpArray:
+    room = np.empty(data.nbytes + ALIGNMENT, dtype=np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    copy = room[start : start + data.nbytes]
+    copy[:] = data
+    return copy
+
+
+class StageGraph:
+    """One stage for one bucket: its graph, its memory, and what the host knew at the last run."""
+
+    def __init__(self, lib: Ggml, backend: int, plan: StagePlan, weights: Mapping[str, int]) -> None:
+        self.lib, self.backend, self.plan = lib, backend, plan
+        self._graph_context = self._gallocr = self._feed_buffer = None
+        self._drawing = Drawing(lib, plan, weights)
+        try:
+            self._outputs = self._drawing.draw()
+            self._allocate()
+        except BaseException:
+            self.free()
+            raise
+        self._feeds = list(self._drawing.feeds.values())
+        self._env: dict[str, NpArray] = {}
+        self._fresh = True
+
+    def _allocate(self) -> None:
+        lib = self.lib
+        size = self._drawing.count + len(self._drawing.feeds) + len(self._drawing.weights) + 64
+        room = lib.graph_overhead_custom(size, False) + lib.tensor_overhead()
+        self._graph_context = lib.init(InitParams(room, None, True))
+        self._graph = lib.new_graph_custom(self._graph_context, size, False)
+        for tensor in self._outputs.values():
+            lib.build_forward_expand(self._graph, tensor)
+        if self._drawing.feeds:
+            self._feed_buffer = lib.backend_alloc_ctx_tensors_from_buft(
+                self._drawing.leaves, lib.backend_cpu_buffer_type()
+            )
+            if not self._feed_buffer:
+                raise EngineError(f"stage {self.plan.stage.name}: out of memory for its inputs")
+        self._gallocr = lib.gallocr_new(lib.backend_cpu_buffer_type())
+        if not self._gallocr or not lib.gallocr_alloc_graph(self._gallocr, self._graph):
+            raise EngineError(f"stage {self.plan.stage.name}: out of memory for its graph")
+
+    @property
+    def compute_bytes(self) -> int:
+        """Size of the buffer for intermediate values."""
+        return int(self.lib.gallocr_get_buffer_size(self._gallocr, 0))
+
+    def run(self, inputs: Values) -> dict[str, NpArray]:
+        fresh, self._fresh = self._fresh, True  # an error below must not leave feeds older than the inputs remembered
+        changed = self._take(inputs, fresh)
+        for feed in self._feeds:
+            if fresh or not changed.isdisjoint(self.plan.depends.get(feed.name, ())):
+                self._fill(feed)
+        self._fresh = False
+        if self._outputs:
+            status = self.lib.backend_graph_compute(self.backend, self._graph)
+            if status != 0:
+                raise EngineError(f"stage {self.plan.stage.name}: ggml stopped with status {status}")
+        return {name: self._output(name) for name in self.plan.stage.outputs}
+
+    def _take(self, inputs: Values, fresh: bool) -> set[str]:
+        """Remembers new inputs, evaluates the host nodes that depend on them; names of the inputs that changed."""
+        changed = set()
+        for name, kind in self.plan.stage.inputs:
+            value = inputs[name]
+            if self._env.get(name) is not value:
+                if value.shape != kind.shape or value.dtype != DTYPES[kind.dtype]:
+                    have = f"{value.dtype}{list(value.shape)}"
+                    raise EngineError(f"stage {self.plan.stage.name}: input {name} is {have}, expected {kind}")
+                self._env[name] = value
+                changed.add(name)
+        for node in self.plan.host.values():
+            if fresh or not changed.isdisjoint(self.plan.depends[node.name]):
+                self._env[node.name] = OPS[node.op].reference([self._env[i] for i in node.inputs], node.attr)
+        return changed
+
+    def _fill(self, feed: Feed) -> None:
+        value = self._env[feed.name] if feed.name else np.zeros(0)
+        array = np.ascontiguousarray(LAYOUTS[feed.layout](value, *feed.args))
+        if array.nbytes != self.lib.nbytes(feed.tensor):
+            raise EngineError(f"stage {self.plan.stage.name}: input {feed.name} has {array.nbytes} bytes")
+        ctypes.memmove(Tensor.from_address(feed.tensor).data, array.ctypes.data, array.nbytes)
+
+    def _output(self, name: str) -> NpArray:
+        if name not in self._outputs:
+            return np.array(self._env[name])
+        result = np.empty(self._drawing.shape(name), dtype=np.float32)
+        ctypes.memmove(result.ctypes.data, Tensor.from_address(self._outputs[name]).data, result.nbytes)
+        return result
+
+    def free(self) -> None:
+        if self._gallocr:
+            self.lib.gallocr_free(self._gallocr)
+        if self._feed_buffer:
+            self.lib.backend_buffer_free(self._feed_buffer)
+        if self._graph_context:
+            self.lib.free(self._graph_context)
+        self._drawing.free()
+        self._gallocr = self._feed_buffer = self._graph_context = None
+
+
+class GgmlSession(EngineSession):
+    """Stages on ggml's CPU backend. One thread at a time runs; others wait."""
+
+    engine = "ggml"
+
+    def __init__(self, program: Program, tensors: Mapping[str, StoredTensor], threads: int | None = None) -> None:
+        """`tensors` holds every parameter of the program in one of ggml's formats."""
+        if threads is not None and threads < 1:
+            raise EngineError(f"engine ggml: threads={threads}, expected 1 or more")
+        bound = program.bind(program.max_symbols())
+        for stage in bound.stages:
+            plan_stage(stage, bound.params)
+        self.program = program
+        self._lock = threading.Lock()
+        self._graphs: OrderedDict[tuple[Any, ...], StageGraph] = OrderedDict()
+        self._lib = lib = ggml_lib.load()
+        count = threads or ggml_lib.default_threads()
+        self._weights: PlacedWeights | None = PlacedWeights(lib, {name: tensors[name] for name in program.params})
+        self._backend = lib.backend(count)
+        self.info = {
+            "engine": "ggml",
+            "provider": lib.provider,
+            "ggml_version": lib.version,
+            "ggml_commit": lib.commit,
+            "cpu_library": lib.cpu_library or "built in",
+            "features": lib.features,
+            "threads": count,
+        }
+
+    def run(self, stage: str, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:
+        with self._lock:
+            return self._graph(stage, symbols).run(inputs)
+
+    def _graph(self, stage: str, symbols: Mapping[str, int]) -> StageGraph:
+        if self._weights is None:
+            raise EngineError("engine ggml: the session is closed")
+        key = (stage, *sorted(symbols.items()))
+        graph = self._graphs.get(key)
+        if graph is None:
+            bound = self.program.bind(symbols)
+            plan = plan_stage(bound.stage(stage), bound.params)
+            while len(self._graphs) >= MAX_GRAPHS:
+                self._graphs.popitem(last=False)[1].free()
+            graph = self._graphs[key] = StageGraph(self._lib, self._backend, plan, self._weights.tensors)
+        self._graphs.move_to_end(key)
+        return graph
+
+    def close(self) -> None:
+        with self._lock:
+            if self._weights is None:
+                return
+            for graph in self._graphs.values():
+                graph.free()
+            self._graphs.clear()
+            self._lib.backend_free(self._backend)
+            self._weights.free()
+            self._weights = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_weights", None) is not None:
+            self.close()
+
+
+class GgmlEngine(Engine):
+    """ggml from whatever provider is installed."""
+
+    name = "ggml"
+
+    def missing(self) -> str:
+        return ggml_lib.missing()
+
+    def open(
+        self, artifact: Artifact, *, threads: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> EngineSession:
+        return GgmlSession(artifact.program, artifact.tensors, threads)
+
+
+ENGINE = GgmlEngine()

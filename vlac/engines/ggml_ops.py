@@ -1,0 +1,524 @@
+"""How each op of the table becomes ggml tensors: one small function per op, and the drawing of a stage as a graph.
+
+Index, mask and pixel arithmetic on stage inputs stays on the host (numpy references); its results enter the graph as
+feeds. Masks enter as finite additive numbers, because a row of -inf gives NaN in ggml. Every value in a graph is
+float32 with nb[0] = 4. All shapes have been checked by `infer_stage` and `plan_stage` before anything here calls ggml, since an
+assertion there would end the process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlac.engines.ggml_lib import Ggml, InitParams, Tensor
+from vlac.errors import EngineError, InputError
+from vlac.graph import Node, Param, Stage, infer_stage
+from vlac.ops import OPS, Type
+
+Array = np.ndarray[Any, Any]
+
+F32, F16, I32 = 0, 1, 26
+
+FLASH_ROWS = 64
+"""From this many queries flash attention is faster; below it runs a slow kernel, and matmul + softmax wins."""
+
+KEY_BLOCK = 16
+"""tinyBLAS leaves its fast path when the key count is no multiple of this (AVX512; 8 and 4 elsewhere)."""
+
+LOW_F32, LOW_F16 = -1e30, -65504.0
+
+_TENSORS_PER_NODE = 40
+
+# --- what runs where ---------------------------------------------------------------------------------------------
+
+# f32 results that stay on the host when they depend on stage inputs only; other f32 arithmetic goes into the graph
+_HOST_F32 = ("patchify", "time_embedding", "cast", "full")
+
+DECLINES = dict.fromkeys(
+    (
+        *("arange", "full", "cast", "cumsum", "reduce_sum", "repeat_each", "attention_mask"),
+        *("patchify", "time_embedding"),
+    ),
+    "only on values that depend on stage inputs alone, not on results of this stage's network",
+)
+"""Ops without a ggml form: they run on the host, and a program that wants them inside a graph is declined by name."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage, sorted: types of all values, nodes for the host and for the graph in order, and readers per value."""
+
+    stage: Stage
+    types: Mapping[str, Type]
+    host: Mapping[str, Node]
+    graph: Mapping[str, Node]
+    readers: Mapping[str, int]
+    depends: Mapping[str, frozenset[str]]
+    """host value -> stage inputs it is computed from."""
+
+    def on_host(self, name: str) -> bool:
+        return name in self.depends
+
+
+def plan_stage(stage: Stage, params: Mapping[str, Param]) -> StagePlan:
+    """Sorts a stage without symbols into host and graph. EngineError names a node that ggml cannot run."""
+    types = infer_stage(stage, params) | {f"@{name}": Type("f32", p.shape) for name, p in params.items()}
+    depends: dict[str, frozenset[str]] = {name: frozenset((name,)) for name, _ in stage.inputs}
+    host: dict[str, Node] = {}
+    rest: dict[str, Node] = {}
+    for node in stage.nodes:
+        known = all(i in depends for i in node.inputs)
+        if known and OPS[node.op].host and (types[node.name].dtype != "f32" or node.op in _HOST_F32):
+            host[node.name] = node
+            depends[node.name] = frozenset().union(*(depends[i] for i in node.inputs))
+        else:
+            rest[node.name] = node
+    graph, readers = _needed(stage, rest)
+    plan = StagePlan(stage, types, host, graph, readers, depends)
+    for node in graph.values():
+        reason = _declined(plan, node)
+        if reason:
+            raise EngineError(
+                f"engine ggml declines stage {stage.name}, {node.name} = {node.op}({', '.join(node.inputs)}): {reason}",
+                remedy="run this artifact with --engine torch",
+            )
+    return plan
+
+
+def _needed(stage: Stage, rest: Mapping[str, Node]) -> tuple[dict[str, Node], dict[str, int]]:
+    """Nodes that an output depends on, in order, and how often each value is read by them."""
+    readers: dict[str, int] = dict.fromkeys(stage.outputs, 1)
+    for node in reversed(rest.values()):
+        if node.name in readers:
+            for i in node.inputs:
+                readers[i] = readers.get(i, 0) + 1
+    return {name: node for name, node in rest.items() if name in readers}, readers
+
+
+def _declined(plan: StagePlan, node: Node) -> str:
+    if node.op in DECLINES:
+        return DECLINES[node.op]
+    if node.op not in DRAW:
+        return "this op has no ggml form"
+    if any(len(plan.types[i].shape) > 4 for i in (node.name, *node.inputs) if not i.startswith("@")):
+        return "more than four dimensions"
+    if plan.types[node.name].dtype != "f32":
+        return f"{plan.types[node.name]}: the graph computes f32 only"
+    wants_host = {"embed": (0,), "rope": (1,), "attention": (3,)}.get(node.op, ())
+    for index in wants_host:
+        if index < len(node.inputs) and not plan.on_host(node.inputs[index]):
+            return f"operand {node.inputs[index]} must depend on stage inputs alone"
+    return ""
+
+
+# --- feeds: arrays from the host ---------------------------------------------------------------------------------
+
+
+def _plain(a: Array) -> Array:
+    return a.astype(np.float32, copy=False)
+
+
+def _ids(a: Array, limit: int = 0) -> Array:
+    """ids below `limit` (0: any): ggml aborts the process on an id outside the table."""
+    if limit and a.size and (int(a.min()) < 0 or int(a.max()) >= limit):
+        raise InputError(f"ids {int(a.min())}..{int(a.max())} for a table of {limit} rows")
+    return a.astype(np.int32, copy=False)
+
+
+def _additive(a: Array, pad_at: int, pad: int, half: bool) -> Array:
+    """bool [Nq, Nk] to 0 or a large negative number, with `pad` masked columns put in at `pad_at`."""
+    full = np.insert(a, [pad_at] * pad, False, axis=1) if pad else a
+    if half:
+        return np.where(full, np.float16(0), np.float16(LOW_F16))
+    return np.where(full, np.float32(0), np.float32(LOW_F32))
+
+
+def _heads_first(a: Array, groups: int, pad: int) -> Array:
+    """[n, G*d] to [G, n+pad, d], zeros below."""
+    v = a.reshape(a.shape[0], groups, -1).transpose(1, 0, 2)
+    return np.pad(v, ((0, 0), (0, pad), (0, 0)))
+
+
+def _transposed(a: Array, groups: int, pad: int) -> Array:
+    """[n, G*e] to [G, e, n+pad], zeros on the right."""
+    v = a.reshape(a.shape[0], groups, -1).transpose(1, 2, 0)
+    return np.pad(v, ((0, 0), (0, 0), (0, pad)))
+
+
+LAYOUTS: dict[str, Callable[..., Array]] = {
+    "plain": _plain,
+    "ids": _ids,
+    "additive": _additive,
+    "heads_first": _heads_first,
+    "transposed": _transposed,
+}
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A leaf of the graph filled from a host value: LAYOUTS[layout](value, *args)."""
+
+    name: str
+    layout: str
+    args: tuple[Any, ...]
+    tensor: int
+
+
+# --- drawing -----------------------------------------------------------------------------------------------------
+
+
+class Drawing:
+    """A stage being drawn as ggml tensors in a context without memory.
+
+    `context` holds computed tensors, `leaves` the feeds (they get a buffer of their own: tensors in the compute buffer
+    are overwritten during a run). `weights` maps parameter names to placed tensors.
+    """
+
+    def __init__(self, lib: Ggml, plan: StagePlan, weights: Mapping[str, int]) -> None:
+        self.lib, self.plan, self.weights = lib, plan, weights
+        self.limit = _TENSORS_PER_NODE * (len(plan.graph) + 4)
+        overhead = lib.tensor_overhead()
+        self.context = lib.init(InitParams(self.limit * overhead, None, True))
+        self.leaves = lib.init(InitParams((4 * len(plan.graph) + 16) * overhead, None, True))
+        if not self.context or not self.leaves:
+            raise EngineError(f"stage {plan.stage.name}: out of memory while building its graph")
+        self.values: dict[str, int] = {}
+        self.feeds: dict[tuple[Any, ...], Feed] = {}
+        self.count = 0
+
+    def free(self) -> None:
+        self.lib.free(self.context)
+        self.lib.free(self.leaves)
+
+    def op(self, name: str, *args: Any) -> int:
+        """lib.name(context, ...): adds a tensor."""
+        self.count += 1
+        if self.count > self.limit:
+            raise EngineError(f"stage {self.plan.stage.name}: {name} would be tensor {self.count} of {self.limit}")
+        result = getattr(self.lib, name)(self.context, *args)
+        if not result:
+            raise EngineError(f"stage {self.plan.stage.name}: ggml_{name} gave no tensor")
+        return int(result)
+
+    def feed(self, name: str, layout: str, args: tuple[Any, ...], kind: int, ne: tuple[int, ...]) -> int:
+        """The leaf for a host value under a layout; made once."""
+        key = (name, layout, args)
+        if key not in self.feeds:
+            if len(self.feeds) >= 4 * len(self.plan.graph) + 8:
+                raise EngineError(f"stage {self.plan.stage.name}: too many inputs")
+            full = (*ne, 1, 1, 1, 1)[:4]
+            tensor = self.lib.new_tensor_4d(self.leaves, kind, *full)
+            self.lib.set_input(tensor)
+            self.feeds[key] = Feed(name, layout, args, int(tensor))
+        return self.feeds[key].tensor
+
+    def value(self, name: str) -> int:
+        """A float32 operand: computed, fed, or a weight (converted when it is stored in another format)."""
+        if name in self.values:
+            return self.values[name]
+        if name.startswith("@"):
+            tensor = self.weights[name[1:]]
+            if Tensor.from_address(tensor).type != F32:
+                tensor = self.op("cast", tensor, F32)
+                self.values[name] = tensor
+            return tensor
+        return self.feed(name, "plain", (), F32, ne_of(self.plan.types[name]))
+
+    def dense(self, tensor: int) -> int:
+        """The same values without gaps."""
+        return tensor if self.lib.is_contiguous(tensor) else self.op("cont", tensor)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return _ints(self.plan.types[name])
+
+    def draw(self) -> dict[str, int]:
+        """Draws every needed node; stage outputs that are computed -> tensors without gaps."""
+        for node in self.plan.graph.values():
+            if node.name not in self.values and not _absorbed(self.plan, node):
+                self.values[node.name] = DRAW[node.op](self, node)
+        result = {}
+        for name in self.plan.stage.outputs:
+            if name in self.values:
+                tensor = self.dense(self.values[name])
+                result[name] = tensor
+                # a view has no memory of its own: what it looks at must survive too
+                self.lib.set_output(tensor)
+                root = Tensor.from_address(tensor).view_src
+                if root:
+                    self.lib.set_output(root)
+        return result
+
+
+def _ints(t: Type) -> tuple[int, ...]:
+    shape = tuple(d for d in t.shape if isinstance(d, int))
+    assert len(shape) == len(t.shape), "stages are bound before they are drawn"
+    return shape
+
+
+def ne_of(t: Type) -> tuple[int, ...]:
+    """A type's shape as ggml has it: reversed."""
+    return tuple(reversed(_ints(t)))
+
+
+# --- ops ---------------------------------------------------------------------------------------------------------
+
+Draw = Callable[[Drawing, Node], int]
+DRAW: dict[str, Draw] = {}
+
+
+def _draws(*names: str) -> Callable[[Draw], Draw]:
+    def register(fn: Draw) -> Draw:
+        for name in names:
+            DRAW[name] = fn
+        return fn
+
+    return register
+
+
+@_draws("silu", "sigmoid", "tanh", "relu")
+def _unary(d: Drawing, n: Node) -> int:
+    return d.op(n.op, d.value(n.inputs[0]))
+
+
+@_draws("gelu")
+def _gelu(d: Drawing, n: Node) -> int:
+    """Composed from silu: ggml's own tanh and quick forms look x up in a float16 table (4.6e-4 of a chunk)."""
+    x = d.value(n.inputs[0])
+    if n.attr["approximate"] == "none":
+        return d.op("gelu_erf", x)
+    if n.attr["approximate"] == "quick":
+        return d.op("scale", d.op("silu", d.op("scale", d.dense(x), 1.702)), 1 / 1.702)
+    # gelu(x) = x*sigmoid(x*a) = silu(x*a)/a with a = 2*sqrt(2/pi)*(1 + 0.044715 x^2) > 0
+    c = 2 * math.sqrt(2 / math.pi)
+    a = d.op("scale_bias", d.op("sqr", d.dense(x)), 0.044715 * c, c)
+    return d.op("div", d.op("silu", d.op("mul", x, a)), a)
+
+
+def _gate(plan: StagePlan, n: Node) -> Node | None:
+    """The silu node that a product absorbs (silu(a) * b as one op): read by nobody else, same shape."""
+    silu = plan.graph.get(n.inputs[0]) if n.op == "mul" else None
+    if silu is None or silu.op != "silu" or plan.readers[silu.name] != 1 or n.inputs[1].startswith("@"):
+        return None
+    return silu if plan.types[n.inputs[1]] == plan.types[silu.name] else None
+
+
+def _absorbed(plan: StagePlan, node: Node) -> bool:
+    """Whether the only reader of a node draws it in its own way."""
+    if plan.readers[node.name] != 1 or node.name in plan.stage.outputs:
+        return False
+    if node.op == "silu":
+        return any(_gate(plan, n) is node for n in plan.graph.values() if n.op == "mul" and n.inputs[0] == node.name)
+    if node.op == "concat":
+        readers = (n for n in plan.graph.values() if n.op == "attention" and node.name in n.inputs[1:3])
+        return any(_split(plan, n) is not None for n in readers)
+    return False
+
+
+@_draws("add", "sub", "mul")
+def _binary(d: Drawing, n: Node) -> int:
+    gate = _gate(d.plan, n)
+    if gate is not None:
+        return d.op("swiglu_split", d.value(gate.inputs[0]), d.value(n.inputs[1]))
+    return d.op(n.op, d.value(n.inputs[0]), d.value(n.inputs[1]))
+
+
+@_draws("scale")
+def _scale(d: Drawing, n: Node) -> int:
+    return d.op("scale", d.dense(d.value(n.inputs[0])), n.attr["factor"])
+
+
+@_draws("linear")
+def _linear(d: Drawing, n: Node) -> int:
+    w = n.inputs[1]
+    weight = d.weights[w[1:]] if w.startswith("@") else d.dense(d.value(w))
+    y = d.op("mul_mat", weight, d.dense(d.value(n.inputs[0])))
+    return d.op("add", y, d.value(n.inputs[2])) if len(n.inputs) > 2 else y
+
+
+@_draws("embed")
+def _embed(d: Drawing, n: Node) -> int:
+    ids, table = n.inputs
+    weight = d.weights[table[1:]] if table.startswith("@") else d.dense(d.value(table))
+    rows = int(Tensor.from_address(weight).ne[1])
+    return d.op("get_rows", weight, d.feed(ids, "ids", (rows,), I32, ne_of(d.plan.types[ids])))
+
+
+@_draws("layer_norm", "rms_norm")
+def _norm(d: Drawing, n: Node) -> int:
+    y = d.op("norm" if n.op == "layer_norm" else "rms_norm", d.value(n.inputs[0]), n.attr["eps"])
+    for op, w in zip(("mul", "add"), n.inputs[1:], strict=False):
+        y = d.op(op, y, d.value(w))
+    return y
+
+
+@_draws("softmax")
+def _softmax(d: Drawing, n: Node) -> int:
+    return d.op("soft_max_ext", d.dense(d.value(n.inputs[0])), None, 1.0, 0.0)
+
+
+@_draws("concat")
+def _concat(d: Drawing, n: Node) -> int:
+    dim = len(d.plan.types[n.name].shape) - 1 - n.attr["axis"]
+    y = d.value(n.inputs[0])
+    for name in n.inputs[1:]:
+        y = d.op("concat", y, d.value(name), dim)
+    return y
+
+
+@_draws("slice")
+def _slice(d: Drawing, n: Node) -> int:
+    """A view; nothing is copied."""
+    x = d.value(n.inputs[0])
+    t = Tensor.from_address(x)
+    dim = len(d.plan.types[n.name].shape) - 1 - n.attr["axis"]
+    ne = (*ne_of(d.plan.types[n.name]), 1, 1, 1)[:4]
+    return d.op("view_4d", x, *ne, t.nb[1], t.nb[2], t.nb[3], n.attr["start"] * t.nb[dim])
+
+
+@_draws("reshape")
+def _reshape(d: Drawing, n: Node) -> int:
+    return d.op("reshape_4d", d.dense(d.value(n.inputs[0])), *(*ne_of(d.plan.types[n.name]), 1, 1, 1)[:4])
+
+
+@_draws("transpose")
+def _transpose(d: Drawing, n: Node) -> int:
+    perm = n.attr["perm"]
+    last = len(perm) - 1
+    to = list(range(4))
+    for i, p in enumerate(perm):
+        to[last - p] = last - i
+    return d.op("cont", d.op("permute", d.value(n.inputs[0]), *to))
+
+
+@_draws("pad")
+def _pad(d: Drawing, n: Node) -> int:
+    x = d.value(n.inputs[0])
+    extra = n.attr["size"] - Tensor.from_address(x).ne[0]
+    return d.op("pad", d.dense(x), extra, 0, 0, 0) if extra else x
+
+
+@_draws("tile")
+def _tile(d: Drawing, n: Node) -> int:
+    return d.op("repeat_4d", d.dense(d.value(n.inputs[0])), *(*ne_of(d.plan.types[n.name]), 1, 1, 1)[:4])
+
+
+@_draws("pixel_shuffle")
+def _pixel_shuffle(d: Drawing, n: Node) -> int:
+    """Rows are (Y, dy, X, dx): exchanging dy and X brings the f*C channels of a block's rows together."""
+    rows, width = _ints(d.plan.types[n.name])
+    f = n.attr["factor"]
+    grid = math.isqrt(rows)
+    x = d.op("reshape_4d", d.dense(d.value(n.inputs[0])), width // f, grid, f, grid)
+    return d.op("reshape_4d", d.op("cont", d.op("permute", x, 0, 2, 1, 3)), width, rows, 1, 1)
+
+
+def _heads(d: Drawing, tensor: int, heads: int) -> int:
+    """[n, heads*d] seen as ne (d, heads, n); rows may lie apart."""
+    t = Tensor.from_address(tensor)
+    width = t.ne[0] // heads
+    return d.op("view_4d", tensor, width, heads, t.ne[1], 1, width * 4, t.nb[1], t.nb[1] * t.ne[1], 0)
+
+
+@_draws("rope")
+def _rope(d: Drawing, n: Node) -> int:
+    x, positions = n.inputs
+    rows, width = _ints(d.plan.types[x])
+    head = n.attr["head_dim"]
+    ids = d.feed(positions, "ids", (), I32, (rows,))
+    heads = _heads(d, d.value(x), width // head)
+    # mode 2: half-split pairs
+    y = d.op("rope_ext", heads, ids, None, head, 2, 0, n.attr["base"], 1.0, 0.0, 1.0, 0.0, 0.0)
+    return d.op("reshape_4d", y, width, rows, 1, 1)
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+@_draws("attention")
+def _attention(d: Drawing, n: Node) -> int:
+    q, k, v = n.inputs[:3]
+    heads, groups, scale = n.attr["heads"], n.attr["kv_heads"], n.attr["scale"]
+    nq, nk = d.shape(q)[0], d.shape(k)[0]
+    query = d.op("permute", _heads(d, d.value(q), heads), 0, 2, 1, 3)
+    if nq >= FLASH_ROWS:
+        keys, values = (d.op("permute", _heads(d, d.value(i), groups), 0, 2, 1, 3) for i in (k, v))
+        mask = d.feed(n.inputs[3], "additive", (nk, 0, True), F16, (nk, nq)) if len(n.inputs) > 3 else None
+        y = d.op("flash_attn_ext", query, keys, values, mask, scale, 0.0, 0.0)
+    else:
+        pad = -nk % KEY_BLOCK
+        keys, values, pad_at = _padded(d, n, pad)
+        scores = d.op("mul_mat", keys, d.op("cont", query))
+        if len(n.inputs) > 3:
+            mask = d.feed(n.inputs[3], "additive", (pad_at, pad, False), F32, (nk + pad, nq))
+        else:
+            mask = _tail_mask(d, nq, nk, pad)
+        weights = d.op("soft_max_ext", scores, mask, scale, 0.0)
+        y = d.op("cont", d.op("permute", d.op("mul_mat", values, weights), 0, 2, 1, 3))
+    return d.op("reshape_4d", y, d.shape(n.name)[1], nq, 1, 1)
+
+
+def _tail_mask(d: Drawing, nq: int, nk: int, pad: int) -> int | None:
+    """A mask that hides padded keys of an attention without one."""
+    return d.feed("", "tail", (nq, nk, pad), F32, (nk + pad, nq)) if pad else None
+
+
+def _tail(a: Array, nq: int, nk: int, pad: int) -> Array:
+    return np.repeat(np.array([[0.0] * nk + [LOW_F32] * pad], dtype=np.float32), nq, axis=0)
+
+
+LAYOUTS["tail"] = _tail
+
+
+def _split(plan: StagePlan, n: Node) -> tuple[Node, Node] | None:
+    """The two concats (old rows from the host, then new rows) that feed keys and values, if both are like that."""
+    if len(n.inputs) < 4 or plan.types[n.inputs[0]].shape[0] >= FLASH_ROWS:
+        return None
+    found = [plan.graph.get(i) for i in n.inputs[1:3]]
+    k, v = found
+    for c in found:
+        if c is None or c.op != "concat" or c.attr["axis"] != 0 or len(c.inputs) != 2 or c.name in plan.stage.outputs:
+            return None
+        if not plan.on_host(c.inputs[0]) or plan.readers[c.name] != 1 or c.inputs[1].startswith("@"):
+            return None
+    assert k is not None and v is not None
+    return (k, v) if plan.types[k.inputs[0]].shape[0] == plan.types[v.inputs[0]].shape[0] else None
+
+
+def _padded(d: Drawing, n: Node, pad: int) -> tuple[int, int, int]:
+    """Keys as ne (d, Nk+pad, G), values transposed as (Nk+pad, e, G), and the key index at which the padding lies.
+
+    Keys and values that come from the host (a cache) are laid out there, once for all turns of a loop.
+    """
+    k, v = n.inputs[1:3]
+    groups = n.attr["kv_heads"]
+    split = _split(d.plan, n)
+    if split is not None:
+        old_k, new_k = split[0].inputs
+        old_v, new_v = split[1].inputs
+        fresh_k = d.op("cont", d.op("permute", _heads(d, d.value(new_k), groups), 0, 2, 1, 3))
+        fresh_v = d.op("cont", d.op("permute", _heads(d, d.value(new_v), groups), 1, 2, 0, 3))
+        keys = d.op("concat", _cached(d, old_k, groups, pad, False), fresh_k, 1)
+        return keys, d.op("concat", _cached(d, old_v, groups, pad, True), fresh_v, 0), d.shape(old_k)[0]
+    if d.plan.on_host(k):
+        keys = _cached(d, k, groups, pad, False)
+    else:
+        keys = d.op("permute", _heads(d, d.value(k), groups), 0, 2, 1, 3)
+        keys = d.op("pad", d.op("cont", keys), 0, pad, 0, 0) if pad else keys
+    if d.plan.on_host(v):
+        values = _cached(d, v, groups, pad, True)
+    else:
+        values = d.op("cont", d.op("permute", _heads(d, d.value(v), groups), 1, 2, 0, 3))
+        values = d.op("pad", values, pad, 0, 0, 0) if pad else values
+    return keys, values, d.shape(k)[0]
+
+
+def _cached(d: Drawing, name: str, groups: int, pad: int, transposed: bool) -> int:
+    rows, width = _ints(d.plan.types[name])
+    rows, width = rows + pad, width // groups
+    ne = (rows, width, groups) if transposed else (width, rows, groups)
+    return d.feed(name, "transposed" if transposed else "heads_first", (groups, pad), F32, ne)
