@@ -135,7 +135,8 @@ def check_io(artifact: Artifact) -> None:
     sizes: dict[str, tuple[int, ...]] = {"noise": (io.chunk_size, io.max_action_dim)}
     try:
         if io.state_dim:
-            sizes["state"] = apply_steps(STATE_STEPS, io.state_steps, np.zeros((1, io.state_dim), np.float32)).shape
+            made = apply_steps(STATE_STEPS, io.state_steps, np.zeros(io.state_dim, np.float32))
+            sizes["state"] = (1, *made.shape)
         for steps in (io.action_steps, io.normalised_action_steps):
             rows = apply_action_steps(steps, np.zeros((1, io.max_action_dim), np.float32))
             if rows.shape != (1, io.action_dim):
