@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vlac.io import Step
-from vlac.runtime.observation import STATISTICS, Array, StepFunction, apply_steps, span
+from vlac.runtime.observation import Array, StepFunction, apply_steps, span, statistics
 
 
 def take(x: Array, *, size: int) -> Array:
@@ -25,7 +25,7 @@ def unnormalise(x: Array, *, mode: str, eps: float = 1e-8, **stats: Any) -> Arra
     if mode == "IDENTITY":
         return x
     if mode == "MEAN_STD":
-        mean, std = (np.asarray(stats[name], dtype=np.float32).reshape(-1) for name in STATISTICS[mode])
+        mean, std = statistics(mode, stats)
         return x * std + mean
     low, width = span(mode, eps, stats)
     return (x + np.float32(1)) / np.float32(2) * width + low
@@ -36,4 +36,5 @@ ACTION_STEPS: dict[str, StepFunction] = {"take": take, "unnormalise": unnormalis
 
 def apply_action_steps(steps: Iterable[Step], chunk: Array) -> Array:
     """A normalised chunk [N, max_action_dim] -> float32 [N, action_dim], contiguous and the caller's own."""
-    return np.array(apply_steps(ACTION_STEPS, steps, chunk), dtype=np.float32, order="C")
+    with np.errstate(over="ignore"):  # a chunk that is not finite is refused by the session
+        return np.array(apply_steps(ACTION_STEPS, steps, chunk), dtype=np.float32, order="C")

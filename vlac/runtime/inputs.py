@@ -268,7 +268,8 @@ def _state(io: IO, state: Any, units: str) -> Array:
             remedy="give one value per joint, in the order of the training data",
         )
     steps = [s for s in io.state_steps if s.step != "normalise" or units == "robot"]
-    x = apply_steps(STATE_STEPS, steps, x).reshape(1, -1)
+    with np.errstate(over="ignore"):  # answered below, with names
+        x = apply_steps(STATE_STEPS, steps, x).reshape(1, -1)
     if not np.isfinite(x).all():
         raise InputError(
             f"state ({io.state_key}) overflows when normalised, at {np.flatnonzero(~np.isfinite(x[0])).tolist()}",

@@ -103,31 +103,33 @@ def affine(x: Array, *, scale: float, offset: float) -> Array:
     return x * np.float32(scale) + np.float32(offset)
 
 
-def span(mode: str, eps: float, stats: Mapping[str, Any], rank: int = 1) -> tuple[Array, Array]:
+def span(mode: str, eps: float, stats: Mapping[str, Any]) -> tuple[Array, Array]:
     """(low, D) of the modes that map a range to [-1, 1]: D = high - low, and eps where that is 0."""
-    low, high = (_statistic(stats, name, rank) for name in STATISTICS[mode])
+    low, high = statistics(mode, stats)
     width = high - low
     return low, np.where(width == 0, np.float32(eps), width)
 
 
-def _statistic(stats: Mapping[str, Any], name: str, rank: int) -> Array:
-    values = np.asarray(stats[name], dtype=np.float32).reshape(-1)
-    return values.reshape((-1,) + (1,) * (rank - 1))
+def statistics(mode: str, stats: Mapping[str, Any]) -> tuple[Array, Array]:
+    """The two statistics that a mode reads, each float32 [n] (one per joint, or per channel of a picture)."""
+    first, second = (np.asarray(stats[name], dtype=np.float32).reshape(-1) for name in STATISTICS[mode])
+    return first, second
 
 
 def normalise(x: Array, *, mode: str, eps: float = 1e-8, **stats: Any) -> Array:
-    """LeRobot's normalisation of a state [d] or of a picture [3, H, W] (then one statistic per channel).
+    """LeRobot's normalisation of a state [..., d], or of a picture [3, H, W] with one statistic per channel.
 
     MEAN_STD: (x - mean) / (std + eps). MIN_MAX, QUANTILES, QUANTILE10: 2 (x - low) / D - 1 with D = high - low, eps
     where that is 0. IDENTITY: x. No clamping.
     """
     if mode == "IDENTITY":
         return x
+    a, b = statistics(mode, stats) if mode == "MEAN_STD" else span(mode, eps, stats)
+    if x.ndim == 3:
+        a, b = a[:, None, None], b[:, None, None]
     if mode == "MEAN_STD":
-        mean, std = (_statistic(stats, name, x.ndim) for name in STATISTICS[mode])
-        return (x - mean) / (std + np.float32(eps))
-    low, width = span(mode, eps, stats, x.ndim)
-    return np.float32(2) * (x - low) / width - np.float32(1)
+        return (x - a) / (b + np.float32(eps))
+    return np.float32(2) * (x - a) / b - np.float32(1)
 
 
 def pad(x: Array, *, size: int) -> Array:
