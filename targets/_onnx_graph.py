@@ -23,8 +23,10 @@ OPSET, IR_VERSION = 23, 11
 MICROSOFT = "com.microsoft"
 INLINE_BYTES = 1024
 
-_ONNX_OF_DTYPE = {"<f4": "FLOAT", "<f2": "FLOAT16", "|i1": "INT8", "|u1": "UINT8", "|b1": "BOOL", "<i4": "INT32"}
-_ONNX_OF_DTYPE["<i8"] = "INT64"
+_ONNX_OF_DTYPE = {
+    "<f4": "FLOAT", "<f2": "FLOAT16", "<f8": "DOUBLE", "<i4": "INT32", "<i8": "INT64",
+    "|i1": "INT8", "|u1": "UINT8", "|b1": "BOOL", "<u2": "BFLOAT16",
+}
 Value = tuple[str, Type]
 """A value's name in the graph, and its type."""
 
@@ -111,7 +113,7 @@ class Graph:
     def _add_external(self, name: str, part: Part, stored: Stored | None = None) -> None:
         from onnx import TensorProto
 
-        kind, dims = _ONNX_OF_DTYPE.get(part.dtype, "BFLOAT16"), part.shape
+        kind, dims = _ONNX_OF_DTYPE[part.dtype], part.shape
         if stored is not None and stored.format == "int4" and kind == "UINT8":
             kind, dims = "INT4", stored.shape[::-1]
         tensor = TensorProto(name=name, data_type=onnx_type(kind), dims=dims, data_location=TensorProto.EXTERNAL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,8 +62,20 @@ def write(program: Program, folder: Path, **options: Any) -> Artifact:
     return open_artifact(folder)
 
 
+def write_unchecked(program: Program, folder: Path) -> Artifact:
+    """The same for a program whose stage inputs no runtime would give (one op, alone)."""
+    from vlac.artifact import _folder_tensors
+    from vlac.targets.onnx import emit
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    emit(program, Sidecars(str(program), "{}", {}, None, None), folder, {}, silent)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return Artifact(folder, "folder", program, TOY_IO, manifest, None, _folder_tensors(folder, manifest), lambda: None)
+
+
 def flow_program(formats: Mapping[str, str] | None = None, width: int = 64, cameras: int = 2) -> Program:
-    """A small policy with the parts a flow family has: cameras, prompt, state, grouped heads, masks, rope, Euler steps."""
+    """A small policy with the parts a flow family has: cameras, prompt, state, grouped heads, masks, rope, steps."""
     v = StageBuilder("vision")
     x = v.patchify(v.input("pixels", "f32", 3, 8, 8), patch=2, block=2)
     x = v.add(v.linear(x, "@patch", "@patch.bias"), "@position")
