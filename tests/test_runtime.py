@@ -244,6 +244,27 @@ def test_taps_hold_every_stage_and_every_turn_and_change_nothing() -> None:
     np.testing.assert_array_equal(taps["x_after_step2"], chunk)
 
 
+def test_an_artifact_that_is_one_graph_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = artifact(static=True, max_missing_cameras=1)
+    obs = {**observation(), "images": {"wrist": IMAGE}}
+    with Session(a) as session:
+        want = session.act(**obs)
+        engine = session._engine
+        assert engine is not None
+        seen: dict[str, Any] = {}
+
+        def run_all(inputs: Any, symbols: Any) -> dict[str, np.ndarray]:
+            seen.update(inputs)
+            return {"x_next": chunk}
+
+        chunk = execute(a.program, engine, prepare(a.io, a.tokenizer, a.program, **obs).env, {})
+        monkeypatch.setattr(engine, "run_all", run_all)
+        np.testing.assert_array_equal(session.act(**obs), want)
+        assert set(seen) == {"pixels", "image_valid", "tokens", "token_valid", "state", "noise"}
+        assert seen["pixels"].shape == (2, 3, 12, 12) and seen["image_valid"].tolist() == [True, False]
+        assert list(session.stats) == ["preprocess_ms", "model_ms", "total_ms"]
+
+
 # --- refusals --------------------------------------------------------------------------------------------------
 
 TOP, WRIST = "observation.images.top", "observation.images.wrist"

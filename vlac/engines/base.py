@@ -45,6 +45,11 @@ class EngineSession(ABC):
                 env[into] = out[name]
         return out
 
+    def run_all(self, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray] | None:
+        """The whole schedule at once, for artifacts that are one graph: {result's name: normalised chunk}; None where
+        stages are run one by one. `inputs` holds the runtime inputs; pixels as f32 [C, 3, S, S], zeros where absent."""
+        return None
+
     def close(self) -> None:
         """Frees native memory; the session cannot be used afterwards. Engines with nothing to free inherit this."""
         self.info = {}
@@ -63,7 +68,7 @@ class Engine(ABC):
     def open(
         self, artifact: Artifact, *, threads: int | None = None, options: Mapping[str, Any] | None = None
     ) -> EngineSession:
-        """Loads the artifact. Raises EngineError (not installed, self-test, unknown op) before native code can abort."""
+        """Loads the artifact. Raises EngineError (missing, self-test, unknown op) before native code can abort."""
 
 
 NAMES = {

@@ -36,27 +36,51 @@ def execute(
             each turn ("x_after_step0", ...).
         stats: if given, collects milliseconds per stage ("vision_ms": all cameras together, ...).
 
+    An artifact that is one graph (`EngineSession.run_all`) has only its result to tap, and one time, "model_ms".
+
     Raises: EngineError when an input of a stage does not fit, or the chunk is not finite.
     """
     values: dict[str, NpArray] = dict(env)
+    for stage in program.stages:
+        check_rows(program, stage, values)
+    started = time.perf_counter()
+    whole = engine.run_all(values, symbols)
+    if whole is not None:
+        _note(stats, "model", started)
+        if taps is not None:
+            taps.update(whole)
+        return finite_chunk(whole[program.schedule.result], engine.engine)
     for step in program.schedule.steps:
-        stage = program.stage(step.stage)
         started = time.perf_counter()
-        if isinstance(step, Repeat):
-            out = _repeat(program, engine, step, values, symbols, taps)
-        elif step.each == "camera":
-            out = _each_camera(program, engine, step, values, symbols)
-        elif step.each:
-            raise ArtifactError(f"schedule calls {step.stage} for each {step.each!r}, which this vlac does not know")
-        else:
-            out = engine.run(stage.name, checked(program, stage, values, symbols), symbols)
-        if stats is not None:
-            key = f"{stage.name}_ms"
-            stats[key] = stats.get(key, 0.0) + (time.perf_counter() - started) * 1e3
+        out = _run_step(program, engine, step, values, symbols, taps)
+        _note(stats, step.stage, started)
         values.update(out)
         if taps is not None:
             taps.update(out)
     return finite_chunk(values[program.schedule.result], engine.engine)
+
+
+def _note(stats: Stats | None, stage: str, started: float) -> None:
+    if stats is not None:
+        key = f"{stage}_ms"
+        stats[key] = stats.get(key, 0.0) + (time.perf_counter() - started) * 1e3
+
+
+def _run_step(
+    program: Program,
+    engine: EngineSession,
+    step: Call | Repeat,
+    values: Mapping[str, NpArray],
+    symbols: Mapping[str, int],
+    taps: Taps | None,
+) -> dict[str, NpArray]:
+    if isinstance(step, Repeat):
+        return _repeat(program, engine, step, values, symbols, taps)
+    if step.each == "camera":
+        return _each_camera(program, engine, step, values, symbols)
+    if step.each:
+        raise ArtifactError(f"schedule calls {step.stage} for each {step.each!r}, which this vlac does not know")
+    return engine.run(step.stage, checked(program, program.stage(step.stage), values, symbols), symbols)
 
 
 def finite_chunk(chunk: NpArray, engine: str) -> Array:
@@ -88,21 +112,20 @@ def checked(
                 f"the program wants {kind.dtype}{list(shape)}"
             )
         result[name] = value
-    _check_rows(program, stage, result)
+    check_rows(program, stage, result)
     return result
 
 
-def _check_rows(program: Program, stage: Stage, inputs: Mapping[str, NpArray]) -> None:
-    """Ids that pick rows of a table must lie inside it: an engine would read past its end."""
-    if all(kind.dtype != "i32" for _, kind in stage.inputs):
-        return
-    for node in stage.nodes:
-        if node.op != "embed" or node.inputs[0] not in inputs or not node.inputs[1].startswith("@"):
+def check_rows(program: Program, stage: Stage, values: Mapping[str, NpArray]) -> None:
+    """Ids that pick rows of a table must lie inside it, or an engine would read past its end: EngineError."""
+    ids = {name for name, kind in stage.inputs if kind.dtype == "i32" and name in values}
+    for node in stage.nodes if ids else ():
+        if node.op != "embed" or node.inputs[0] not in ids or not node.inputs[1].startswith("@"):
             continue
-        ids, rows = inputs[node.inputs[0]], program.params[node.inputs[1][1:]].shape[0]
-        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= rows):
+        given, rows = values[node.inputs[0]], program.params[node.inputs[1][1:]].shape[0]
+        if given.size and (int(given.min()) < 0 or int(given.max()) >= rows):
             raise EngineError(
-                f"stage {stage.name}: {node.inputs[0]} holds {int(ids.min())}..{int(ids.max())}, "
+                f"stage {stage.name}: {node.inputs[0]} holds {int(given.min())}..{int(given.max())}, "
                 f"table {node.inputs[1][1:]} has rows 0..{rows - 1}"
             )
 
