@@ -101,7 +101,7 @@ _RENAMES = tuple(
         (r"^text\.layers\.(\d+)\.", r"blk.\1."),
         (r"^expert\.layers\.(\d+)\.", r"a.blk.\1."),
         (r"^vision\.patch_embedding\.", "v.patch_embd."),
-        (r"^vision\.position_embedding\.", "v.position_embd."),
+        (r"^vision\.position_embedding$", "v.position_embd.weight"),
         (r"^vision\.post_layernorm\.", "v.post_ln."),
         (r"^connector\.proj\.", "mm.proj."),
         (r"^text\.embed_tokens\.", "token_embd."),

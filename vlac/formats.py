@@ -165,8 +165,12 @@ def _put_bf16(x: F32, out: Bytes) -> None:
     out[:] = rounded.astype(np.uint16).view(np.uint8)
 
 
+_TINY = np.float32(2.0**-127)
+"""Below this 1/d overflows float32 (and the float16 scale is 0 anyway): such blocks are written as zeros."""
+
+
 def _inverse(d: F32) -> F32:
-    return np.divide(np.float32(1), d, out=np.zeros_like(d), where=d != 0)
+    return np.divide(np.float32(1), d, out=np.zeros_like(d), where=np.abs(d) > _TINY)
 
 
 def _put_q8_0(x: F32, out: Bytes) -> None:
