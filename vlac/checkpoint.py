@@ -8,7 +8,7 @@ from typing import Any
 
 from vlac.errors import CheckpointError, Unsupported, VlacError
 from vlac.policy import Policy, Source
-from vlac.readers.hub import resolve
+from vlac.readers.hub import policy_folder, resolve
 from vlac.readers.safetensors_file import weight_files
 from vlac.registry import Reader, ReadOptions, readers
 
@@ -23,15 +23,9 @@ def read_policy(checkpoint: str, options: ReadOptions | None = None) -> Policy:
     With `options.headers_only` no weight is read and problems that a person can fix become `Policy.warnings`.
     """
     options = options or ReadOptions()
-    path = _policy_folder(resolve(checkpoint, options.revision))
+    path = policy_folder(resolve(checkpoint, options.revision))
     policy = _reader(path).read(path, options)
     return policy.replace(source=_source(checkpoint, path, options))
-
-
-def _policy_folder(path: Path) -> Path:
-    """A trainer's output folder holds the policy in `pretrained_model`."""
-    inner = path / "pretrained_model"
-    return inner if not (path / "config.json").exists() and (inner / "config.json").is_file() else path
 
 
 def _reader(path: Path) -> Reader:

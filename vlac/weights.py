@@ -35,7 +35,7 @@ class LazyTensor:
 
     def load(self) -> Array:
         """The values, float32, C order. Raises CheckpointError if they have another shape, NaN or Inf."""
-        array = np.ascontiguousarray(self.load_unchecked(), dtype=np.float32)
+        array = np.asarray(self.load_unchecked(), dtype=np.float32, order="C")
         if array.shape != self.shape:
             raise CheckpointError(f"{self.source}: values have shape {array.shape}, declared {self.shape}")
         # min and max carry NaN and Inf through without a temporary of the tensor's size
@@ -59,7 +59,7 @@ class LazyTensor:
     @staticmethod
     def of(array: npt.ArrayLike, source: str = "computed") -> LazyTensor:
         """A tensor that is already in memory."""
-        value = np.ascontiguousarray(array, dtype=np.float32)
+        value = np.asarray(array, dtype=np.float32, order="C")
         return LazyTensor(value.shape, lambda: value, "f32", source)
 
     @staticmethod

@@ -10,8 +10,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlac import blocks
 from vlac.blocks import Shapes
@@ -20,8 +19,8 @@ from vlac.errors import CheckpointError, Unsupported
 from vlac.graph import Call, Param, Program, Repeat, Schedule, Stage, StageBuilder, Symbol, check
 from vlac.io import IO, Camera, Step
 from vlac.policy import Policy, Source
-from vlac.readers.hub import local_companion
-from vlac.readers.safetensors_file import FLOATS, read_json
+from vlac.readers.safetensors_file import FLOATS
+from vlac.readers.smolvlm import KNOWN_VLMS, Backbone, find_backbone
 from vlac.readers.tokenizer_file import token_id
 from vlac.registry import Family, families
 from vlac.spec import DecoderSpec, FlowSpec, VisionSpec, override
@@ -258,70 +257,25 @@ DEAD = (
 """Tensors that a checkpoint may hold and inference never reads."""
 
 
-@dataclass(frozen=True)
-class _Backbone:
-    """What the VLM's name or config.json adds to the tensor shapes. `layers` 0 = unknown."""
-
-    head_dim: int
-    vision_heads: int
-    layers: int = 0
-    rms_norm_eps: float = 1e-5
-    layer_norm_eps: float = 1e-6
-    hidden_act: str = "silu"
-    vision_act: str = "gelu_pytorch_tanh"
-
-
-KNOWN_VLMS = {
-    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": _Backbone(head_dim=64, vision_heads=12, layers=32),
-    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": _Backbone(head_dim=64, vision_heads=12, layers=30),
-    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": _Backbone(head_dim=64, vision_heads=16, layers=24),
-}
-"""What tensor shapes do not tell, for the published backbones; other names need their config.json."""
-
-
-def _backbone(checkpoint: LeRobotCheckpoint, name: str, given: dict[str, Any]) -> _Backbone:
-    """From the folder that `vlm_model_name` names, the table, --spec, or the hub, in that order."""
-    path = local_companion(checkpoint.folder, name, "config.json")
-    if path is None and name in KNOWN_VLMS:
-        return KNOWN_VLMS[name]
-    if path is None and {"text.head_dim", "vision.num_attention_heads"} <= set(given):
-        return _Backbone(int(given["text.head_dim"]), int(given["vision.num_attention_heads"]))
+def _backbone(checkpoint: LeRobotCheckpoint) -> Backbone:
+    """The VLM that the config names; a guess, with a warning, when only headers are read and nobody knows it."""
+    name = checkpoint.config.take("vlm_model_name", next(iter(KNOWN_VLMS)))
     try:
-        path = checkpoint.companion(name, "config.json", "the VLM (vlm_model_name)")
-        return _backbone_from(path)
+        return find_backbone(checkpoint.folder, name, checkpoint.options.spec)
     except CheckpointError as error:
-        options = "--spec text.head_dim=64 --spec vision.num_attention_heads=12"
-        remedy = f"{error.remedy}; or say its head sizes, for example {options}"
-        checkpoint.problem(CheckpointError(error.message, remedy=remedy))
-        return _Backbone(1, 1)
+        checkpoint.problem(error)
+    q, kv = (_shape(checkpoint.tensors, f"text.layers.0.self_attn.{p}_proj.weight", 2)[0] for p in "qk")
+    width = _shape(checkpoint.tensors, "vision.position_embedding", 2)[1]
+    return Backbone(64 if q % 64 == kv % 64 == 0 else math.gcd(q, kv), width // 64 if width % 64 == 0 else 1)
 
 
-def _backbone_from(path: Path) -> _Backbone:
-    table = read_json(path)
-    text = table.get("text_config") if isinstance(table, dict) else None
-    vision = table.get("vision_config") if isinstance(table, dict) else None
-    if not isinstance(text, dict) or not isinstance(vision, dict):
-        raise CheckpointError(f"{path}: needs text_config and vision_config, as SmolVLM's config.json has")
-    for key in ("attention_bias", "mlp_bias"):
-        if text.get(key):
-            raise Unsupported(f"{path}: text_config.{key} = true is not implemented")
-
-    def size(part: dict[str, Any], key: str, default: int = 0) -> int:
-        value = part.get(key) or default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{path}: {key} is {part.get(key)!r}, expected a size")
-        return value
-
-    heads = size(text, "num_attention_heads")
-    return _Backbone(
-        head_dim=size(text, "head_dim", size(text, "hidden_size") // heads),
-        vision_heads=size(vision, "num_attention_heads"),
-        layers=size(text, "num_hidden_layers"),
-        rms_norm_eps=float(text.get("rms_norm_eps", 1e-5)),
-        layer_norm_eps=float(vision.get("layer_norm_eps", 1e-6)),
-        hidden_act=str(text.get("hidden_act", "silu")),
-        vision_act=str(vision.get("hidden_act", "gelu_pytorch_tanh")),
-    )
+def _given(checkpoint: LeRobotCheckpoint, field: str, default: int) -> int:
+    """A size from --spec, else the default."""
+    value = checkpoint.options.spec.get(field, default)
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise Unsupported(f"--spec {field}={value!r}: expected a whole number") from None
 
 
 def _layers(tensors: Weights, name: str) -> int:
@@ -345,11 +299,9 @@ def _expert_ffn(hidden_size: int) -> int:
 def _specs(checkpoint: LeRobotCheckpoint, image_size: int) -> tuple[VisionSpec, int, DecoderSpec, DecoderSpec]:
     """(vision, pixel-shuffle factor, text, expert) from tensor shapes, config and backbone."""
     config, tensors = checkpoint.config, checkpoint.tensors
-    backbone = _backbone(
-        checkpoint, config.take("vlm_model_name", next(iter(KNOWN_VLMS))), dict(checkpoint.options.spec)
-    )
-    d = int(checkpoint.options.spec.get("text.head_dim", backbone.head_dim))
-    vision_heads = int(checkpoint.options.spec.get("vision.num_attention_heads", backbone.vision_heads))
+    backbone = _backbone(checkpoint)
+    d = _given(checkpoint, "text.head_dim", backbone.head_dim)
+    vision_heads = _given(checkpoint, "vision.num_attention_heads", backbone.vision_heads)
     embedding = "text.embed_tokens.weight"
     if lerobot_name(embedding) not in tensors and "model.vlm_with_expert.vlm.lm_head.weight" in tensors:
         head = tensors["model.vlm_with_expert.vlm.lm_head.weight"]  # saved tied: one of the two names is left out
@@ -370,7 +322,13 @@ def _specs(checkpoint: LeRobotCheckpoint, image_size: int) -> tuple[VisionSpec, 
         layer_norm_eps=backbone.layer_norm_eps,
         hidden_act=backbone.vision_act,
     )
-    if vision.grid**2 != positions or factor < 1 or vision.grid % factor or vision_width % vision_heads:
+    if (
+        vision.grid**2 != positions
+        or factor < 1
+        or vision.grid % factor
+        or vision_heads < 1
+        or vision_width % vision_heads
+    ):
         raise Unsupported(
             f"{config.path}: images of {image_size}x{image_size} give {vision.grid}x{vision.grid} patches of "
             f"{patch[-1]}; the tower has {positions} positions, width {vision_width}, {vision_heads} heads and a pixel "
@@ -382,7 +340,10 @@ def _specs(checkpoint: LeRobotCheckpoint, image_size: int) -> tuple[VisionSpec, 
     layers = min(wanted, backbone.layers or wanted) if wanted > 0 else backbone.layers or in_file
     q, kv = (_shape(tensors, f"text.layers.0.self_attn.{p}_proj.weight", 2)[0] for p in "qk")
     if d < 1 or d % 2 or q % d or kv % d or (q // d) % (kv // d):
-        checkpoint.problem(CheckpointError(f"{config.path}: q and k projections of {q} and {kv} rows, head_dim {d}"))
+        raise CheckpointError(
+            f"{config.path}: q and k projections of {q} and {kv} rows do not hold heads of size {d}",
+            remedy="say the right size with --spec text.head_dim=64",
+        )
     text = DecoderSpec(
         hidden_size=width,
         intermediate_size=_shape(tensors, "text.layers.0.mlp.gate_proj.weight", 2)[0],
@@ -438,7 +399,7 @@ def _refuse_what_is_not_drawn(checkpoint: LeRobotCheckpoint) -> None:
     config.refuse("use_delta_joint_actions_aloha", False, why="LeRobot does not implement it either")
     rtc = config.raw("rtc_config")
     if isinstance(rtc, dict) and rtc.get("enabled", True):
-        checkpoint.warnings.append("config.json: rtc_config: chunks are computed without real-time chunking")
+        checkpoint.warn("config.json: rtc_config: chunks are computed without real-time chunking")
 
 
 def _check_layers(checkpoint: LeRobotCheckpoint, spec: SmolVLASpec) -> None:
@@ -540,7 +501,7 @@ def _io(
         raise CheckpointError(f"{config.path}: n_action_steps {n_action_steps} exceeds chunk_size {spec.chunk_size}")
     unread = [n for n, (kind, _) in checkpoint.features("input_features").items() if kind not in ("VISUAL", "STATE")]
     if unread:
-        checkpoint.warnings.append(f"config.json: input features that SmolVLA does not read: {', '.join(unread)}")
+        checkpoint.warn(f"config.json: input features that SmolVLA does not read: {', '.join(unread)}")
     take = Step("take", {"size": action_dim})
     return IO(
         cameras=cameras,

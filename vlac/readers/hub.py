@@ -90,6 +90,12 @@ def resolve(checkpoint: str, revision: str | None = None) -> Path:
     return fetch_repository(checkpoint, revision)
 
 
+def policy_folder(path: Path) -> Path:
+    """The folder that holds the policy: a trainer's output has it in `pretrained_model`."""
+    inner = path / "pretrained_model"
+    return inner if not (path / "config.json").exists() and (inner / "config.json").is_file() else path
+
+
 def local_companion(folder: Path, name: str, filename: str) -> Path | None:
     """`filename` of something a checkpoint names, if it lies in `folder/name` or `folder/<last part of name>`.
 

@@ -17,7 +17,7 @@ from vlac.io import Camera, Step
 from vlac.policy import Policy
 from vlac.readers import lerobot_statistics as stats
 from vlac.readers import peft
-from vlac.readers.hub import companion, resolve
+from vlac.readers.hub import companion, policy_folder, resolve
 from vlac.readers.lerobot_processors import NormStep, Processors, TextStep, read_processors
 from vlac.readers.lerobot_statistics import Lookup, Statistics
 from vlac.readers.safetensors_file import open_folder, read_json
@@ -108,7 +108,12 @@ class LeRobotCheckpoint:
         """Raises `error`, or notes it when only headers are read (inspect shows problems, compile refuses)."""
         if not self.options.headers_only:
             raise error
-        self.warnings.append(str(error))
+        self.warn(str(error))
+
+    def warn(self, note: str) -> None:
+        """Notes something once."""
+        if note not in self.warnings:
+            self.warnings.append(note)
 
     # --- features ---
 
@@ -161,6 +166,9 @@ class LeRobotCheckpoint:
 
     def _mode(self, step: NormStep, feature: str, kind: str) -> str:
         mode = step.norm_map.get(kind, "IDENTITY")
+        configured = self._configured_mode(kind)
+        if configured not in (None, mode):
+            self.warn(f"config.json: {kind} {configured} is not used: {step.where} normalises it by {mode}")
         if mode != "IDENTITY" and feature not in step.features:
             self.problem(
                 CheckpointError(
@@ -171,11 +179,17 @@ class LeRobotCheckpoint:
             )
         return mode
 
+    def _configured_mode(self, kind: str) -> str | None:
+        mapping = self.config.raw("normalization_mapping")
+        return mapping.get(kind) if isinstance(mapping, dict) else None
+
     def normalise(self, kind: str, feature: str, feature_kind: str, shape: tuple[int, ...]) -> tuple[Step, ...]:
         """The "normalise" or "unnormalise" step of a feature: none for IDENTITY and with --no-stats."""
         forward = kind == "normalise"
         step = self.processors.normalise if forward else self.processors.unnormalise
         if self.options.no_stats and feature_kind != "VISUAL":
+            return ()
+        if step is None and self._configured_mode(feature_kind) == "IDENTITY":
             return ()
         if step is None:
             which = "pre" if forward else "post"
@@ -199,7 +213,7 @@ class LeRobotCheckpoint:
         found = [self.normalise("normalise", c.key, "VISUAL", (3, 1, 1)) for c in cameras if not c.optional]
         if any(f != found[0] for f in found):
             raise Unsupported(f"{self.folder}: cameras are normalised by different statistics")
-        return found[0]
+        return found[0] if found else ()
 
     # --- text ---
 
@@ -223,8 +237,14 @@ class LeRobotCheckpoint:
     def text_step(self) -> TextStep:
         """The one tokenizer step."""
         found = [t for t in self.processors.text if isinstance(t, TextStep)]
-        if len(found) != 1:
-            raise CheckpointError(f"{self.folder}: expected one tokenizer_processor, found {len(found)}")
+        if len(found) != 1 or self.processors.text[-1] is not found[0]:
+            names = ", ".join(t if isinstance(t, str) else "tokenizer" for t in self.processors.text)
+            raise Unsupported(f"{self.folder}: text steps {names or 'none'}; expected one tokenizer_processor, last")
+        configured = self.config.raw("tokenizer_max_length", found[0].max_length)
+        if configured != found[0].max_length:
+            self.warn(
+                f"config.json: tokenizer_max_length {configured} is not used: max_length {found[0].max_length} is"
+            )
         return found[0]
 
     def companion(self, name: str, filename: str, what: str) -> Path:
@@ -258,24 +278,23 @@ def _generation_before_processors(config: Config) -> Processors:
     return Processors({}, ("newline", text), step, step)
 
 
-def _statistics_elsewhere(source: str) -> Statistics:
+def _statistics_elsewhere(source: str) -> tuple[Statistics, Statistics]:
     """--stats-from: a stats.json, a dataset folder (meta/stats.json) or another checkpoint (folder or hub id)."""
-    path = resolve(source)
+    path = policy_folder(resolve(source))
     for candidate in (path, path / "meta" / "stats.json", path / "stats.json"):
         if candidate.is_file() and candidate.suffix == ".json":
-            return stats.from_dataset(candidate)
-    other = open_checkpoint(path, ReadOptions(headers_only=True))
-    return other.statistics[1]
+            found = stats.from_dataset(candidate)
+            return found, found
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"--stats-from {source}: neither a stats.json, a dataset with one, nor a checkpoint")
+    return open_checkpoint(path, ReadOptions()).statistics
 
 
 def _statistics(
     processors: Processors | None, buffers: Weights, features: Sequence[str], options: ReadOptions, origin: str
 ) -> tuple[Statistics, Statistics]:
-    if options.no_stats:
-        return stats.NO_STATISTICS, stats.NO_STATISTICS
     if options.stats_from:
-        found = _statistics_elsewhere(options.stats_from)
-        return found, found
+        return _statistics_elsewhere(options.stats_from)
     if processors is None:
         found = stats.from_buffers(buffers, features, origin)
         return found, found
@@ -283,6 +302,8 @@ def _statistics(
     def of(step: NormStep | None) -> Statistics:
         if step is None or step.state_file is None:
             return stats.NO_STATISTICS
+        if not step.state_file.is_file():
+            return Statistics({}, f"{step.state_file.name} (named by {step.where}, but missing)")
         return stats.from_state_file(step.state_file)
 
     return of(processors.normalise), of(processors.unnormalise)
@@ -346,7 +367,7 @@ def read(folder: Path, options: ReadOptions) -> Policy:
     policy: Policy = from_lerobot(checkpoint)
     unknown = checkpoint.config.leftover()
     if unknown:
-        checkpoint.warnings.append(f"config.json: unknown keys, not used: {', '.join(unknown)}")
+        checkpoint.warn(f"config.json: unknown keys, not used: {', '.join(unknown)}")
     return policy.replace(
         name=checkpoint.name,
         ignored=checkpoint.config.ignored(),

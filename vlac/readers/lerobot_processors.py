@@ -25,7 +25,7 @@ SWITCHED = ("relative_actions_processor", "absolute_actions_processor")
 
 @dataclass(frozen=True)
 class NormStep:
-    """A (un)normaliser step: what it says, and the file that holds its statistics (None when it has none)."""
+    """A (un)normaliser step: what it says, and the file that should hold its statistics (None when it names none)."""
 
     eps: float
     features: Mapping[str, Any]
@@ -128,8 +128,6 @@ def _norm_step(folder: Path, config: dict[str, Any], state_file: Any, where: str
     if config.get("normalize_observation_keys") is not None:
         raise Unsupported(f"{where}: normalize_observation_keys (normalising only some keys) is not implemented")
     path = None if state_file is None else inside(folder, state_file, f"{where}, state_file")
-    if path is not None and not path.is_file():
-        raise CheckpointError(f"{where}: state_file {path.name} is missing", remedy="copy or download it again")
     return NormStep(float(eps), features, _names(config.get("norm_map", {}), where), path, where)
 
 

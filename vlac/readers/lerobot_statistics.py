@@ -19,7 +19,8 @@ from vlac.io import Step
 from vlac.readers.safetensors_file import open_file, read_json
 from vlac.weights import Array, Weights
 
-STATS = ("mean", "std", "min", "max", "q01", "q10", "q50", "q90", "q99", "count")
+STATS = ("mean", "std", "min", "max", "q01", "q10", "q90", "q99")
+"""What normalisation can read; files also hold q50 and count."""
 
 NEEDED = {
     "MEAN_STD": ("mean", "std"),
@@ -182,7 +183,7 @@ class Lookup:
 
     def _missing(self, feature: str, mode: str, stats: tuple[str, ...]) -> str:
         names = ", ".join(self.statistics.features[:20]) or "none"
-        never = " (they were saved but never filled in)" if feature in self.statistics.unset else ""
+        never = " (saved, but infinite or NaN: never filled in)" if feature in self.statistics.unset else ""
         under = f" under --stats-key {self.stats_key}" if self.stats_key else ""
         return (
             f"no statistics {', '.join(stats)} for {feature}{under}, which is normalised by {mode}{never}; without "

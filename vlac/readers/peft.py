@@ -30,6 +30,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal"),
 }
 
 
