@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ from typing import Any, Union
 
 from vlac.dims import Affine, Dim, bind_dim, parse_dim
 from vlac.errors import ProgramError
-from vlac.ops import OPS, Attr, Op, Type
+from vlac.formats import FORMATS
+from vlac.ops import DTYPES, OPS, Attr, Op, Type
 from vlac.weights import Weights
 
 RUNTIME_INPUTS = ("pixels", "image_valid", "camera_valid", "tokens", "token_valid", "state", "noise")
@@ -164,6 +166,18 @@ def check_operands(op: Op, count: int) -> None:
         raise ProgramError(f"{op.name} takes {' '.join(op.inputs)}, got {count} operands")
 
 
+MAX_ELEMENTS = 2**31
+"""No value may hold more: what an engine could index with 32 bits, and a guard against a mistyped shape."""
+
+
+def check_size(t: Type) -> Type:
+    """The type itself; ProgramError when a dimension is empty or the value is absurdly large."""
+    known = [d for d in t.shape if isinstance(d, int)]
+    if any(d < 1 for d in known) or math.prod(known) > MAX_ELEMENTS:
+        raise ProgramError(f"{t} is empty or holds more than {MAX_ELEMENTS} values")
+    return t
+
+
 def infer_stage(stage: Stage, params: Mapping[str, Param]) -> dict[str, Type]:
     """Types of every value in a stage; raises ProgramError that names stage and node."""
     types: dict[str, Type] = dict(stage.inputs)
@@ -188,7 +202,7 @@ def infer_stage(stage: Stage, params: Mapping[str, Param]) -> dict[str, Type]:
                 raise ProgramError(f"{where}: {i} is not defined before")
         try:
             check_operands(op, len(operands))
-            types[node.name] = op.infer(operands, node.attr)
+            types[node.name] = check_size(op.infer(operands, node.attr))
         except ProgramError as error:
             raise ProgramError(f"{where}: {error.message}") from None
     for out in stage.outputs:
@@ -202,11 +216,18 @@ def check(program: Program) -> Program:
     names = [s.name for s in program.stages]
     if len(set(names)) != len(names):
         raise ProgramError(f"stage names repeat: {names}")
+    for name, p in program.params.items():
+        if p.format not in FORMATS:
+            raise ProgramError(f"parameter {name} has unknown format {p.format}")
+        check_size(Type("f32", p.shape))
     known: dict[str, Type | None] = dict.fromkeys(RUNTIME_INPUTS)
+    for s in program.stages:
+        for _, t in s.inputs:
+            check_size(t)
     outputs = {s.name: infer_stage(s, program.params) for s in program.stages}
     for step in program.schedule.steps:
         stage = program.stage(step.stage)
-        bound = {step.index, *(i for _, i, _ in step.carry)} if isinstance(step, Repeat) else set()
+        bound = _check_repeat(step, stage, outputs[stage.name], known) if isinstance(step, Repeat) else set()
         for name, want in stage.inputs:
             if name in bound:
                 continue
@@ -216,22 +237,34 @@ def check(program: Program) -> Program:
             if have is not None and have != want:
                 raise ProgramError(f"stage {stage.name}: input {name} is {have}, stage wants {want}")
         for out in stage.outputs:
-            t = outputs[stage.name][out]
-            if isinstance(step, Call) and step.each:
-                count = next((parse_dim(s.name) for s in program.symbols if s.name == "C"), None)
-                known[out] = Type(t.dtype, (t.shape[0] * count, *t.shape[1:])) if count is not None else None
-            else:
-                known[out] = t
-        if isinstance(step, Repeat):
-            types = outputs[stage.name]
-            for out, into, initial in step.carry:
-                if types[out] != types[into]:
-                    raise ProgramError(f"stage {stage.name}: carry {out} is {types[out]}, {into} is {types[into]}")
-                if initial not in known:
-                    raise ProgramError(f"stage {stage.name}: initial value {initial} of {into} is not defined")
+            known[out] = _given(program, step, outputs[stage.name][out])
     if program.schedule.result not in known:
         raise ProgramError(f"schedule returns {program.schedule.result}, which nothing defines")
     return program
+
+
+def _check_repeat(step: Repeat, stage: Stage, types: Mapping[str, Type], known: Mapping[str, Type | None]) -> set[str]:
+    """Names of the inputs that the repetition itself provides."""
+    inputs = dict(stage.inputs)
+    if step.times < 1 or inputs.get(step.index, Type("i32", (1,))) != Type("i32", (1,)):
+        raise ProgramError(f"repeat {step.times} {stage.name}: index {step.index} must be an input i32[1]")
+    for out, into, initial in step.carry:
+        if out not in stage.outputs or into not in inputs or types[out] != inputs[into]:
+            raise ProgramError(f"stage {stage.name}: carry {into}={out}: not an output and an input of one type")
+        if initial not in known:
+            raise ProgramError(f"stage {stage.name}: initial value {initial} of {into} is not defined")
+    return {step.index, *(into for _, into, _ in step.carry)}
+
+
+def _given(program: Program, step: Call | Repeat, t: Type) -> Type | None:
+    """Type of a stage's output as later stages see it; None where the number of cameras is no symbol."""
+    if isinstance(step, Repeat) or not step.each:
+        return t
+    if step.each != "camera" or not t.shape:
+        raise ProgramError(f"call {step.stage} each {step.each}: only rows for each camera can be stacked")
+    if not any(s.name == "C" for s in program.symbols):
+        return None
+    return Type(t.dtype, (t.shape[0] * parse_dim("C"), *t.shape[1:]))
 
 
 def uses(stage: Stage) -> dict[str, list[Node]]:
@@ -325,14 +358,20 @@ def print_program(program: Program, stages: Sequence[str] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-_NAME = r"[@A-Za-z_][\w.]*"
+_NAME = r"[A-Za-z_][\w.]*"
+_OPERAND = r"@?[A-Za-z_][\w.]*"
 _TYPE = re.compile(r"(\w+)\[([^\]]*)\]")
 _NODE = re.compile(rf"({_NAME}) = (\w+)\(([^)]*)\)(?: \{{(.*)\}})? : (\w+\[[^\]]*\])")
+_STAGE = re.compile(r"stage (\w+) \((.*)\)")
+_PARAM = re.compile(rf"({_NAME}) : (\w+)\[([\d,]*)\]")
+_CALL = re.compile(r"call (\w+)(?: each (\w+))?")
+_REPEAT = re.compile(rf"repeat (\d+) (\w+) index ({_NAME}) carry (.*)")
+_CARRY = re.compile(rf"({_NAME})=({_NAME}) from ({_NAME})")
 
 
 def _parse_type(text: str) -> Type:
     m = _TYPE.fullmatch(text)
-    if not m:
+    if not m or m[1] not in DTYPES:
         raise ProgramError(f"cannot read type {text!r}")
     return Type(m[1], tuple(parse_dim(d) for d in m[2].split(",")) if m[2] else ())
 
@@ -353,69 +392,134 @@ def _split_top(text: str) -> Iterator[str]:
         yield text[start:].strip()
 
 
+def _split_names(text: str) -> tuple[str, ...]:
+    names = tuple(_split_top(text))
+    for name in names:
+        if not re.fullmatch(_OPERAND, name):
+            raise ProgramError(f"{name!r} is not a name")
+    return names
+
+
 def _parse_attr(kind: str, text: str) -> Attr:
-    if kind in ("dims", "dim") and text.startswith("["):
+    if kind == "dims" and text.startswith("[") and text.endswith("]"):
         return tuple(parse_dim(d) for d in _split_top(text[1:-1]))
     if kind == "dim":
         return parse_dim(text)
-    value = json.loads(text)
-    if kind == "float" and isinstance(value, (int, float)):
+    value: object = None if text[:1] in ("[", "{") else json.loads(text)
+    if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    if isinstance(value, (int, str)) and not isinstance(value, bool):
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind == "str" and isinstance(value, str):
         return value
     raise ProgramError(f"cannot read {kind} attribute {text!r}")
 
 
+class _Parser:
+    """What has been read so far; `line` takes the next line. Sections: head, stage, params, schedule, done."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.symbols: list[Symbol] = []
+        self.stages: list[Stage] = []
+        self.params: dict[str, Param] = {}
+        self.steps: list[Call | Repeat] = []
+        self.result = ""
+        self.types: dict[tuple[str, str], tuple[int, Type]] = {}
+        self._section = "head"
+        self._stage: Stage | None = None
+
+    def line(self, number: int, line: str) -> None:
+        if self._section == "stage" and self._stage is not None:
+            self._in_stage(number, line, self._stage)
+        elif self._section in ("head", "stage") and (m := _STAGE.fullmatch(line)):
+            args = [re.fullmatch(rf"({_NAME}): (.*)", a) for a in _split_top(m[2])]
+            if any(a is None for a in args):
+                raise ProgramError("cannot read the stage's inputs")
+            self._stage = Stage(m[1], tuple((a[1], _parse_type(a[2])) for a in args if a), (), ())
+            self._section = "stage"
+        elif self._section == "stage" and line == "params":
+            self._section = "params"
+        elif self._section == "params" and line == "schedule":
+            self._section = "schedule"
+        elif self._section == "head":
+            self._in_head(line)
+        elif self._section == "params" and (m := _PARAM.fullmatch(line)) and m[1] not in self.params:
+            self.params[m[1]] = Param(tuple(int(d) for d in m[3].split(",")) if m[3] else (), m[2])
+        elif self._section == "schedule":
+            self._in_schedule(line)
+        else:
+            raise ProgramError("cannot read this")
+
+    def _in_head(self, line: str) -> None:
+        if line.startswith("program ") and not self.name:
+            self.name = line[8:]
+        elif m := re.fullmatch(r"symbol (\w+) in ([\d, ]+)", line):
+            buckets = tuple(int(v) for v in m[2].split(","))
+            if list(buckets) != sorted(set(buckets)) or any(s.name == m[1] for s in self.symbols):
+                raise ProgramError("a symbol is named once and its sizes ascend")
+            self.symbols.append(Symbol(m[1], buckets))
+        else:
+            raise ProgramError("cannot read this")
+
+    def _in_stage(self, number: int, line: str, stage: Stage) -> None:
+        if line == "return" or line.startswith("return "):
+            self.stages.append(dataclasses.replace(stage, outputs=_split_names(line[6:])))
+            self._stage = None
+        elif (m := _NODE.fullmatch(line)) and m[2] in OPS:
+            kinds = OPS[m[2]].attrs
+            pairs = [p.partition("=") for p in _split_top(m[4] or "")]
+            if sorted(k for k, _, _ in pairs) != sorted(kinds):
+                raise ProgramError(f"{m[2]} has attributes {sorted(kinds)}")
+            attrs = tuple((k, _parse_attr(kinds[k], v)) for k, _, v in pairs)
+            node = Node(m[1], m[2], _split_names(m[3]), attrs)
+            self.types[stage.name, node.name] = number, _parse_type(m[5])
+            self._stage = dataclasses.replace(stage, nodes=(*stage.nodes, node))
+        else:
+            raise ProgramError("cannot read this")
+
+    def _in_schedule(self, line: str) -> None:
+        if self.result:
+            raise ProgramError("nothing may follow the result")
+        if m := _CALL.fullmatch(line):
+            self.steps.append(Call(m[1], m[2] or ""))
+        elif m := _REPEAT.fullmatch(line):
+            carry = [_CARRY.fullmatch(part) for part in _split_top(m[4])]
+            if any(c is None for c in carry):
+                raise ProgramError("cannot read the carries")
+            self.steps.append(Repeat(m[2], int(m[1]), m[3], tuple((c[2], c[1], c[3]) for c in carry if c)))
+        elif m := re.fullmatch(rf"result ({_NAME})", line):
+            self.result = m[1]
+        else:
+            raise ProgramError("cannot read this")
+
+    def program(self) -> Program:
+        if not self.name or not self.stages or not self.result:
+            raise ProgramError("program text is incomplete: needs a name, stages and a schedule")
+        schedule = Schedule(tuple(self.steps), self.result)
+        program = check(Program(self.name, tuple(self.symbols), tuple(self.stages), self.params, schedule))
+        for stage in program.stages:
+            types = infer_stage(stage, program.params)
+            for node in stage.nodes:
+                number, printed = self.types[stage.name, node.name]
+                if printed != types[node.name]:
+                    raise ProgramError(
+                        f"program text, line {number}: {node.name} is written as {printed}, "
+                        f"but {node.op} gives {types[node.name]}"
+                    )
+        return program
+
+
 def parse(text: str) -> Program:
-    """Inverse of str(program), without weights. Raises ProgramError naming the line; the result is checked."""
-    name, symbols, stages, params = "", [], [], {}
-    steps: list[Call | Repeat] = []
-    result = ""
-    section = ""
-    stage: Stage | None = None
+    """Inverse of str(program), without weights. Raises ProgramError naming the line; the result is checked, and the
+    types written beside nodes must be the inferred ones."""
+    parser = _Parser()
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.strip()
-        if not line:
-            continue
         try:
-            if line.startswith("program ") and not section:
-                name = line[8:]
-            elif m := re.fullmatch(r"symbol (\w+) in ([\d, ]+)", line):
-                symbols.append(Symbol(m[1], tuple(int(v) for v in m[2].split(","))))
-            elif m := re.fullmatch(r"stage (\w+) \((.*)\)", line):
-                args = [a.split(": ") for a in _split_top(m[2])]
-                stage = Stage(m[1], tuple((a, _parse_type(t)) for a, t in args), (), ())
-                section = "stage"
-            elif line in ("params", "schedule"):
-                section = line
-            elif section == "stage" and stage is not None and line.startswith("return"):
-                stages.append(dataclasses.replace(stage, outputs=tuple(_split_top(line[6:]))))
-                stage = None
-            elif section == "stage" and stage is not None and (m := _NODE.fullmatch(line)):
-                kinds = OPS[m[2]].attrs if m[2] in OPS else {}
-                pairs = [p.split("=", 1) for p in _split_top(m[4] or "")]
-                attrs = tuple((k, _parse_attr(kinds.get(k, "str"), v)) for k, v in pairs)
-                node = Node(m[1], m[2], tuple(_split_top(m[3])), attrs)
-                stage = dataclasses.replace(stage, nodes=(*stage.nodes, node))
-            elif section == "params" and (m := re.fullmatch(rf"({_NAME}) : (\w+)\[([\d,]*)\]", line)):
-                params[m[1]] = Param(tuple(int(d) for d in m[3].split(",")) if m[3] else (), m[2])
-            elif section == "schedule" and (m := re.fullmatch(r"call (\w+)(?: each (\w+))?", line)):
-                steps.append(Call(m[1], m[2] or ""))
-            elif section == "schedule" and (m := re.fullmatch(r"repeat (\d+) (\w+) index (\w+) carry (.*)", line)):
-                carry = []
-                for part in _split_top(m[4]):
-                    c = re.fullmatch(rf"({_NAME})=({_NAME}) from ({_NAME})", part)
-                    if not c:
-                        raise ProgramError(f"cannot read carry {part!r}")
-                    carry.append((c[2], c[1], c[3]))
-                steps.append(Repeat(m[2], int(m[1]), m[3], tuple(carry)))
-            elif section == "schedule" and line.startswith("result "):
-                result = line[7:]
-            else:
-                raise ProgramError("cannot read this")
-        except (ProgramError, ValueError, json.JSONDecodeError) as error:
+            if line:
+                parser.line(number, line)
+        except (ProgramError, ValueError) as error:
             message = error.message if isinstance(error, ProgramError) else str(error)
             raise ProgramError(f"program text, line {number}: {message}: {line[:120]}") from None
-    if not name or not stages or not result:
-        raise ProgramError("program text is incomplete: needs a name, stages and a schedule")
-    return check(Program(name, tuple(symbols), tuple(stages), params, Schedule(tuple(steps), result)))
+    return parser.program()

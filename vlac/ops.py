@@ -86,11 +86,14 @@ def _f64(x: NpArray) -> NpArray:
     return np.asarray(x, dtype=np.float64)
 
 
+def _numbers(t: Type, dims: Sequence[Dim]) -> list[int]:
+    """Dimensions that must not hold symbols."""
+    numbers = [d for d in dims if isinstance(d, int)]
+    _need(len(numbers) == len(dims), f"{t} has a symbolic dimension here")
+    return numbers
+
+
 # --- shape rules -----------------------------------------------------------------------------------------------
-
-
-def _same(t: Sequence[Type], a: Attrs) -> Type:
-    return t[0]
 
 
 def _float_same(t: Sequence[Type], a: Attrs) -> Type:
@@ -170,7 +173,10 @@ def _concat(t: Sequence[Type], a: Attrs) -> Type:
     for x in t:
         rest = [d for i, d in enumerate(x.shape) if i != axis]
         want = [d for i, d in enumerate(first.shape) if i != axis]
-        _need(x.dtype == first.dtype and rest == want, f"concat of {first} and {x} along {axis}")
+        _need(
+            x.dtype == first.dtype and len(x.shape) == len(first.shape) and rest == want,
+            f"concat of {first} and {x} along {axis}",
+        )
         total = x.shape[axis] + total
     return Type(first.dtype, (*first.shape[:axis], total, *first.shape[axis + 1 :]))
 
@@ -192,13 +198,14 @@ def _reshape(t: Sequence[Type], a: Attrs) -> Type:
 
 def _transpose(t: Sequence[Type], a: Attrs) -> Type:
     perm = a["perm"]
-    _need(sorted(perm) == list(range(len(t[0].shape))), f"transpose of {t[0]} by {perm}")
+    axes = range(len(t[0].shape))
+    _need(len(perm) == len(axes) and all(axis in perm for axis in axes), f"transpose of {t[0]} by {perm}")
     return Type(t[0].dtype, tuple(t[0].shape[p] for p in perm))
 
 
 def _pad(t: Sequence[Type], a: Attrs) -> Type:
     x, size = t[0], a["size"]
-    last = x.shape[-1]
+    last = x.shape[-1] if x.shape else None
     _need(isinstance(last, int) and size >= last, f"pad of {x} to {size}")
     return Type(x.dtype, (*x.shape[:-1], size))
 
@@ -212,18 +219,17 @@ def _tile(t: Sequence[Type], a: Attrs) -> Type:
 def _patchify(t: Sequence[Type], a: Attrs) -> Type:
     x, p, b = t[0], a["patch"], a["block"]
     _need(x.dtype == "f32" and len(x.shape) == 3 and x.shape[1] == x.shape[2], f"patchify of {x}")
-    c, s = x.shape[0], x.shape[1]
-    assert isinstance(c, int) and isinstance(s, int)
-    _need(s % p == 0 and (s // p) % b == 0, f"patchify: size {s}, patch {p}, block {b}")
+    c, s = _numbers(x, x.shape[:2])
+    _need(p > 0 and b > 0 and s % p == 0 and (s // p) % b == 0, f"patchify: size {s}, patch {p}, block {b}")
     return Type("f32", ((s // p) ** 2, c * p * p))
 
 
 def _shuffle(t: Sequence[Type], a: Attrs) -> Type:
     x, f = t[0], a["factor"]
-    rows, width = x.shape
-    assert isinstance(rows, int) and isinstance(width, int)
+    _need(x.dtype == "f32" and len(x.shape) == 2, f"pixel_shuffle of {x}")
+    rows, width = _numbers(x, x.shape)
     g = math.isqrt(rows)
-    _need(g * g == rows and g % f == 0, f"pixel_shuffle: {rows} rows by factor {f}")
+    _need(f > 0 and g * g == rows and g % f == 0, f"pixel_shuffle: {rows} rows by factor {f}")
     return Type("f32", ((g // f) ** 2, width * f * f))
 
 
@@ -231,6 +237,33 @@ def _time(t: Sequence[Type], a: Attrs) -> Type:
     _need(t[0].dtype == "f32" and len(t[0].shape) == 2 and t[0].shape[1] == 1, f"time_embedding of {t[0]}")
     _need(a["dim"] % 2 == 0, f"time_embedding: dim {a['dim']} is odd")
     return Type("f32", (t[0].shape[0], a["dim"]))
+
+
+def _dtype(t: Sequence[Type], a: Attrs) -> Type:
+    """`cast` and `full`."""
+    _need(a["dtype"] in DTYPES, f"dtype {a['dtype']!r}, expected one of {', '.join(DTYPES)}")
+    return Type(a["dtype"], t[0].shape if t else tuple(a["shape"]))
+
+
+def _gelu(t: Sequence[Type], a: Attrs) -> Type:
+    known = ("tanh", "none", "quick")
+    _need(a["approximate"] in known, f"gelu: approximate {a['approximate']!r}, expected one of {', '.join(known)}")
+    return _float_same(t, a)
+
+
+def _vector(t: Sequence[Type], a: Attrs) -> Type:
+    _need(len(t[0].shape) == 1, f"wants a vector, got {t[0]}")
+    return t[0]
+
+
+def _index_vector(t: Sequence[Type], a: Attrs) -> Type:
+    _need(t[0].dtype == "i32", f"wants i32, got {t[0]}")
+    return _vector(t, a)
+
+
+def _repeat_each(t: Sequence[Type], a: Attrs) -> Type:
+    x = _vector(t, a)
+    return Type(x.dtype, (x.shape[0] * a["times"],))
 
 
 # --- index and mask arithmetic ---------------------------------------------------------------------------------
@@ -245,7 +278,7 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
 @_op(
     "full",
     "",
-    lambda t, a: Type(a["dtype"], tuple(a["shape"])),
+    _dtype,
     host=True,
     shape="dims",
     value="float",
@@ -256,25 +289,25 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     return np.full(a["shape"], a["value"], dtype=DTYPES[a["dtype"]])
 
 
-@_op("cast", "x", lambda t, a: Type(a["dtype"], t[0].shape), host=True, dtype="str")
+@_op("cast", "x", _dtype, host=True, dtype="str")
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     """Conversion between bool, i32 and f32; bool is 0 or 1, nonzero is true, f32 to i32 truncates."""
     return x[0].astype(DTYPES[a["dtype"]])
 
 
-@_op("cumsum", "x", _same, host=True)
+@_op("cumsum", "x", _index_vector, host=True)
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     """Inclusive running sum of an i32 vector."""
     return np.cumsum(x[0], dtype=np.int32)
 
 
-@_op("reduce_sum", "x", lambda t, a: Type(t[0].dtype, (1,)), host=True)
+@_op("reduce_sum", "x", lambda t, a: Type(_index_vector(t, a).dtype, (1,)), host=True)
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     """Sum of an i32 vector, as a vector of one."""
     return np.sum(x[0], dtype=np.int32).reshape(1).astype(np.int32)
 
 
-@_op("repeat_each", "x", lambda t, a: Type(t[0].dtype, (t[0].shape[0] * a["times"],)), host=True, times="int")
+@_op("repeat_each", "x", _repeat_each, host=True, times="int")
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     """Every entry of a vector `times` times in a row: (a, b) -> (a, a, b, b)."""
     return np.repeat(x[0], a["times"])
@@ -299,7 +332,7 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
 @_op("slice", "x", _slice, host=True, axis="int", start="dim", stop="dim")
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     """x[start:stop] along `axis`."""
-    return x[0][(slice(None),) * a["axis"] + (slice(a["start"], a["stop"]),)]
+    return np.asarray(x[0][(slice(None),) * a["axis"] + (slice(a["start"], a["stop"]),)])
 
 
 @_op("reshape", "x", _reshape, host=True, shape="dims")
@@ -433,7 +466,7 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     return _f32(np.maximum(x[0], 0))
 
 
-@_op("gelu", "x", _float_same, approximate="str")
+@_op("gelu", "x", _gelu, approximate="str")
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     """GELU (Hendrycks and Gimpel 2016). approximate="tanh": 0.5x(1+tanh(sqrt(2/pi)(x+0.044715x^3))); "none": erf;
     "quick": x*sigmoid(1.702x)."""
