@@ -55,8 +55,9 @@ def emit(program: Program, sidecars: Sidecars, folder: Path, options: Mapping[st
 
 
 def forms(program: Program) -> dict[str, str]:
-    """engine -> form of its graphs; one entry per graph file to write."""
-    integer = any(p.format == "int8" for p in program.params.values())
+    """engine -> form of its graphs; one entry per graph file to write. The forms differ in int8 linears only."""
+    weights = {n.inputs[1] for s in program.stages for n in s.nodes if n.op == "linear"}
+    integer = any(p.format == "int8" and f"@{name}" in weights for name, p in program.params.items())
     return {"onnxruntime": "runtime", "openvino": "portable"} if integer else {"onnxruntime": "portable"}
 
 

@@ -74,8 +74,9 @@ def write_unchecked(program: Program, folder: Path) -> Artifact:
     return Artifact(folder, "folder", program, TOY_IO, manifest, None, _folder_tensors(folder, manifest), lambda: None)
 
 
-def flow_program(formats: Mapping[str, str] | None = None, width: int = 64, cameras: int = 2) -> Program:
+def flow_program(formats: Mapping[str, str] | None = None, cameras: int = 2) -> Program:
     """A small policy with the parts a flow family has: cameras, prompt, state, grouped heads, masks, rope, steps."""
+    width = 64
     v = StageBuilder("vision")
     x = v.patchify(v.input("pixels", "f32", 3, 8, 8), patch=2, block=2)
     x = v.add(v.linear(x, "@patch", "@patch.bias"), "@position")

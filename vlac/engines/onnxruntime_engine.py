@@ -100,8 +100,9 @@ class OnnxRuntimeSession(EngineSession):
 
 def _open(onnxruntime: Any, path: Path, options: Any, providers: list[str], disabled: list[str]) -> Any:
     try:
+        # without the fallback: it retries on another provider after printing to stdout
         return onnxruntime.InferenceSession(
-            str(path), sess_options=options, providers=providers, disabled_optimizers=disabled
+            str(path), sess_options=options, providers=providers, disabled_optimizers=disabled, enable_fallback=0
         )
     except _native_errors() as error:
         raise EngineError(

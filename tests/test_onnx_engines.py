@@ -1,0 +1,194 @@
+"""ONNX Runtime and OpenVINO as engines: broken files are named, options act, results repeat."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx_artifacts import LINEARS, flow_inputs, flow_program, run_schedule, write
+
+from vlac.artifact import Artifact, open_artifact
+from vlac.engines.base import get_engine
+from vlac.engines.onnx_files import default_threads
+from vlac.errors import ArtifactError, EngineError, VlacError
+
+pytest.importorskip("onnx")
+both = pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(flow_program(), tmp_path)
+    return tmp_path
+
+
+def rehash(folder: Path) -> Artifact:
+    """Opens the folder after making its manifest agree with the files, as one who tampers would."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, row in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        row.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    path.write_text(json.dumps(manifest))
+    return open_artifact(folder)
+
+
+@both
+def test_info_names_versions_and_threads(engine: str, folder: Path) -> None:
+    session = get_engine(engine).open(open_artifact(folder), threads=1)
+    assert session.engine == session.info["engine"] == engine
+    assert session.info["threads"] == 1 and session.info[engine][0].isdigit()
+    assert get_engine(engine).open(open_artifact(folder)).info["threads"] == default_threads()
+
+
+@both
+@pytest.mark.parametrize("precision", ["f32", "int8", "int4"])
+def test_runs_repeat_bit_for_bit(engine: str, precision: str, tmp_path: Path) -> None:
+    program = flow_program({} if precision == "f32" else dict.fromkeys(LINEARS, precision))
+    artifact = write(program, tmp_path)
+    runs = []
+    for threads in (1, 2):
+        session = get_engine(engine).open(artifact, threads=threads)
+        runs += [run_schedule(program, session, flow_inputs()) for _ in range(2)]
+    assert all(np.array_equal(runs[0], r) for r in runs[1:])
+
+
+@both
+def test_returned_arrays_belong_to_the_caller(engine: str, folder: Path) -> None:
+    session = get_engine(engine).open(open_artifact(folder), threads=1)
+    pixels = flow_inputs()["pixels"]
+    first = session.run("vision", {"pixels": pixels[0]}, {})["image_tokens"]
+    kept = first.copy()
+    session.run("vision", {"pixels": pixels[1]}, {})
+    assert np.array_equal(first, kept)
+    first += 1
+    assert np.array_equal(session.run("vision", {"pixels": pixels[0]}, {})["image_tokens"], kept)
+
+
+@both
+def test_a_changed_graph_file_is_not_loaded(engine: str, folder: Path) -> None:
+    artifact = open_artifact(folder)
+    data = bytearray((folder / "flow.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "flow.onnx").write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match=r"flow\.onnx is not the file that was compiled"):
+        get_engine(engine).open(artifact)
+
+
+@both
+def test_truncated_data_is_named(engine: str, folder: Path) -> None:
+    artifact = open_artifact(folder)
+    data = (folder / "prefix.onnx.data").read_bytes()
+    (folder / "prefix.onnx.data").write_bytes(data[:-64])
+    with pytest.raises(ArtifactError, match=r"prefix\.onnx\.data.*(bytes|outside)"):
+        open_artifact(folder)
+    with pytest.raises(VlacError, match=r"prefix\.onnx"):
+        get_engine(engine).open(artifact)
+
+
+@both
+@pytest.mark.parametrize(
+    "broken",
+    [b"", b"\x00" * 100, b"not a protobuf at all", b"\xff" * 4096],
+    ids=["empty", "zeros", "text", "ones"],
+)
+def test_a_graph_that_is_no_graph_is_an_error(engine: str, broken: bytes, folder: Path) -> None:
+    (folder / "vision.onnx").write_bytes(broken)
+    with pytest.raises(EngineError, match=r"vision\.onnx"):
+        get_engine(engine).open(rehash(folder))
+
+
+FUZZ = """
+import sys
+from pathlib import Path
+import numpy as np
+from test_onnx_engines import rehash
+from onnx_artifacts import flow_inputs
+from vlac.engines.base import get_engine
+from vlac.errors import VlacError
+folder, engine = Path(sys.argv[1]), sys.argv[2]
+good = (folder / "vision.onnx").read_bytes()
+rng = np.random.default_rng(0)
+for i in range(60):
+    bad = bytearray(good[: rng.integers(1, len(good))] if i % 3 == 0 else good)
+    for at in rng.integers(0, len(bad), 3):
+        bad[at] = rng.integers(256)
+    (folder / "vision.onnx").write_bytes(bytes(bad))
+    try:
+        get_engine(engine).open(rehash(folder), threads=1).run("vision", flow_inputs(), {})
+    except VlacError as error:
+        assert "vision" in str(error), error
+    except KeyError as error:  # the run lacks an input that a renamed port asks for
+        assert engine == "onnxruntime", error
+print("survived")
+"""
+
+
+@both
+def test_garbled_graphs_never_crash(engine: str, folder: Path) -> None:
+    """In a process of its own: a crash would take the test run with it."""
+    path = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"
+    run = subprocess.run(
+        [sys.executable, "-c", FUZZ, str(folder), engine], capture_output=True, text=True, env={"PYTHONPATH": path}
+    )
+    assert run.stdout.strip() == "survived", run.stderr[-2000:]
+
+
+@both
+def test_missing_graphs_are_named(engine: str, folder: Path) -> None:
+    artifact = open_artifact(folder)
+    manifest = {**artifact.manifest, "onnx": {"vision": artifact.manifest["onnx"]["vision"]}}
+    changed = Artifact(**{**vars(artifact), "manifest": manifest})
+    with pytest.raises(ArtifactError, match=f"no graph of stage prefix for {engine}"):
+        get_engine(engine).open(changed)
+    with pytest.raises(EngineError, match="holds no ONNX graphs"):
+        get_engine(engine).open(Artifact(**{**vars(artifact), "manifest": {"target": "gguf-q8"}}))
+
+
+@both
+def test_a_stage_that_is_not_there(engine: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    session = get_engine(engine).open(open_artifact(folder), threads=1)
+    with pytest.raises(EngineError, match="has no stage decode; it holds vision, prefix, flow"):
+        session.run("decode", {}, {})
+    assert session.run_all(flow_inputs(), {}) is None
+    whole = write(flow_program(), tmp_path_factory.mktemp("single"), single_file=True)
+    with pytest.raises(EngineError, match="single-file artifacts run as a whole"):
+        get_engine(engine).open(whole, threads=1).run("vision", flow_inputs(), {})
+
+
+@both
+def test_wrong_shapes_are_an_engine_error_not_a_crash(engine: str, folder: Path) -> None:
+    session = get_engine(engine).open(open_artifact(folder), threads=1)
+    with pytest.raises(EngineError, match="failed in stage vision"):
+        session.run("vision", {"pixels": np.zeros((3, 7, 8), np.float32)}, {})
+
+
+def test_unknown_options_are_refused(folder: Path) -> None:
+    artifact = open_artifact(folder)
+    with pytest.raises(EngineError, match="no provider 'NoSuchProvider'"):
+        get_engine("onnxruntime").open(artifact, options={"provider": "NoSuchProvider"})
+    with pytest.raises(EngineError, match="precision 'f8'; there are: f32, bf16"):
+        get_engine("openvino").open(artifact, options={"precision": "f8"})
+    with pytest.raises(EngineError, match="no device 'ABACUS'"):
+        get_engine("openvino").open(artifact, options={"device": "ABACUS"})
+
+
+def test_openvino_keeps_the_flow_state_in_f32(tmp_path: Path) -> None:
+    artifact = write(flow_program(dict.fromkeys(LINEARS, "int8")), tmp_path)
+    precision = get_engine("openvino").open(artifact, threads=1).info["precision"]
+    assert precision["flow"] == "f32" and precision["vision"] == precision["prefix"]
+    exact = get_engine("openvino").open(artifact, threads=1, options={"precision": "f32"}).info["precision"]
+    assert set(exact.values()) == {"f32"}
+
+
+@both
+def test_a_missing_engine_says_how_to_install_it(engine: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert f"{engine} is not installed; pip install" in get_engine(engine).missing()
+    with pytest.raises(EngineError, match="pip install"):
+        get_engine(engine).open(open_artifact(folder))
