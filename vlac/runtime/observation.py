@@ -100,7 +100,9 @@ def resize_with_pad(x: Array, *, width: int, height: int, align: str = "right-bo
 
 def affine(x: Array, *, scale: float, offset: float) -> Array:
     """x * scale + offset."""
-    return x * np.float32(scale) + np.float32(offset)
+    y = x * np.float32(scale)
+    y += np.float32(offset)
+    return y
 
 
 def span(mode: str, eps: float, stats: Mapping[str, Any]) -> tuple[Array, Array]:
