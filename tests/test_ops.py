@@ -1,7 +1,7 @@
 """The walk: every op x awkward shapes x every engine that is installed, against the numpy reference.
 
 Each case is a program of one op, compiled by the plainest target of the engine and opened again like any artifact;
-torch runs it from the program. An op that an engine neither runs nor declines by name (`DECLINES` of its module) fails here.
+torch runs it from the program. An op that an engine neither runs nor declines by name (`DECLINES` of its module) fails.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ SIDECAR_IO = IO(
 
 
 def program_of(c: Case) -> tuple[Program, dict[str, NpArray]]:
-    """The program of one op, and its inputs. Positions of rope are counted from a mask: targets must know their range."""
+    """The program of one op, and its inputs; rope's positions are counted from a mask, so that their range is known."""
     b = StageBuilder("only")
     weights: dict[str, LazyTensor] = {}
     inputs: dict[str, NpArray] = {}
