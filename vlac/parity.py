@@ -22,7 +22,7 @@ from vlac import metrics
 from vlac.artifact import Artifact, Golden, open_artifact
 from vlac.engines.base import EngineSession
 from vlac.errors import EngineError, InputError, VlacError
-from vlac.graph import Program, Repeat
+from vlac.graph import Call, Program, Repeat
 from vlac.io import IO
 from vlac.metrics import Joint, Limit
 from vlac.observations import load_observations
@@ -243,6 +243,7 @@ def _compiler(
         "reference": name,
         "reference_repeats": theirs.repeats,
         "stages": rows,
+        "staged": len(rows) > 1 or len(artifact.program.stages) == 1,
         "chunk": chunk,
         "limits": verdicts,
         "first_stage_over": over["stage"] if over else None,
@@ -293,20 +294,35 @@ def _stage_rows(
     limits: Sequence[Limit],
 ) -> list[dict[str, Any]]:
     """Per stage, in order: its worst value (by max|d|/max) over observations, and whether the limits hold there."""
+    each = {step.stage for step in program.schedule.steps if isinstance(step, Call) and step.each}
     worst: dict[str, dict[str, Any]] = {}
     counted: dict[str, set[str]] = {}
     for name, stage in _stage_of(program).items():
         for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-            if name not in a or name not in b or a[name].dtype.kind != "f" or a[name].shape != b[name].shape:
+            pair = _comparable(a.get(name), b.get(name), per_camera=stage in each)
+            if pair is None:
                 continue
             counted.setdefault(stage, set()).add(name)
-            row: dict[str, Any] = {"stage": stage, "value": name, "observation": i, **metrics.summary(a[name], b[name])}
+            row: dict[str, Any] = {"stage": stage, "value": name, "observation": i, **metrics.summary(*pair)}
             if stage not in worst or not row["max_relative"] <= worst[stage]["max_relative"]:
                 worst[stage] = row
     for stage, row in worst.items():
         row["values"] = len(counted[stage])
         row["ok"] = all(x.holds(row.get(x.metric)) for x in limits)
     return list(worst.values())
+
+
+def _comparable(a: NpArray | None, b: NpArray | None, per_camera: bool) -> tuple[NpArray, NpArray] | None:
+    """Two float values of one name, if they can be laid side by side.
+
+    An artifact of fixed size has slots for every camera: of per-camera values the rows that both have are compared.
+    """
+    if a is None or b is None or a.dtype.kind != "f" or b.dtype.kind != "f":
+        return None
+    if per_camera and a.ndim == b.ndim and a.shape[1:] == b.shape[1:]:
+        rows = min(len(a), len(b))
+        return a[:rows], b[:rows]
+    return (a, b) if a.shape == b.shape else None
 
 
 # --- question 2 ------------------------------------------------------------------------------------------------
@@ -374,6 +390,9 @@ def _run_reference(
     policy = read_policy(checkpoint, options)
     _same_task(policy, artifact)
     program = draw(policy)
+    # an artifact of fixed size pads prompt and cameras: padded alike, stage values can be compared row by row
+    open_symbols = {s.name for s in artifact.program.symbols}
+    program = program.bind({k: v for k, v in program.max_symbols().items() if k not in open_symbols})
     session = reference_session(program)
     try:
         what = "fp32 reference"

@@ -27,6 +27,26 @@ def progress(quiet: bool) -> Iterator[Show]:
         yield _lines()
 
 
+class Phases:
+    """Tells a new phase from the next item of the same one.
+
+    Work that reports each item by its own name (tensor after tensor, same total) is one phase under its first name.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._done = 0
+        self._total = 0
+
+    def enter(self, what: str, done: int, total: int) -> bool:
+        """Notes a report; True when it opens a new phase."""
+        same = what == self.name or (total > 1 and total == self._total and done >= self._done)
+        self._done, self._total = done, total
+        if not same:
+            self.name = what
+        return not same
+
+
 @contextmanager
 def _bars() -> Iterator[Show]:
     from rich.console import Console
@@ -39,31 +59,33 @@ def _bars() -> Iterator[Show]:
         TextColumn("{task.fields[share]}"),
         TimeElapsedColumn(),
     )
+    phases = Phases()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        known: dict[str, Any] = {}
+        task: Any = None
 
         def show(what: str, done: int, total: int) -> None:
-            if what not in known:
-                for task in known.values():
+            nonlocal task
+            if phases.enter(what, done, total):
+                if task is not None:
                     bar.stop_task(task)
-                known[what] = bar.add_task(what, total=total or None, share="")
+                task = bar.add_task(what, total=total or None, share="")
             text = f"{100 * done // total} %" if total else ""
-            bar.update(known[what], completed=done, total=total or None, share=text)
+            bar.update(task, description=what, completed=done, total=total or None, share=text)
 
         yield show
 
 
 def _lines(every: float = 5.0) -> Show:
-    """One line when something new begins, then at most one in `every` seconds."""
-    last, when = "", 0.0
+    """One line when a phase begins, then at most one in `every` seconds."""
+    phases, when = Phases(), 0.0
 
     def show(what: str, done: int, total: int) -> None:
-        nonlocal last, when
+        nonlocal when
         now = time.monotonic()
-        new = what != last
+        new = phases.enter(what, done, total)
         if not new and (now - when < every or not total):
             return
-        last, when = what, now
+        when = now
         part = f" {100 * done // total} %" if total and not new else ""
         print(f"{what}{part}", file=sys.stderr, flush=True)
 

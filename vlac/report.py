@@ -58,6 +58,7 @@ def _compiler_text(q: Report) -> list[str]:
         q["question"],
         f"  reference: {q['reference']}; {_steady(q['reference_repeats'])}",
         *table(_STAGE_COLUMNS, rows),
+        *([] if q["staged"] else ["  the artifact is one graph: its stages cannot be looked at one by one"]),
         *_limits(q),
     ]
 
@@ -78,7 +79,10 @@ def _stage(s: Report) -> list[str]:
 
 
 def _limits(q: Report) -> list[str]:
-    lines = [f"  limit {v['limit']}: {number(v['figure'], 6)} {verdict(v['ok'])}" for v in q["limits"]]
+    lines = []
+    for v in q["limits"]:
+        figure = likeness(v["figure"]) if "cosine" in v["limit"] else number(v["figure"])
+        lines.append(f"  limit {v['limit']}: {figure} {verdict(v['ok'])}")
     if q["first_stage_over"]:
         lines.append(f"  first stage over the limit: {q['first_stage_over']}")
     return lines
