@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from vlac.checkpoint import read_policy
+from vlac.io import IO
+from vlac.policy import Policy
+from vlac.registry import ReadOptions
+
 GOLDEN = Path(__file__).parent / "golden"
+PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
+PRE_STATE = "policy_preprocessor_step_5_normalizer_processor.safetensors"
+POST_STATE = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "uint16": "BF16", "int64": "I64"}
 
 Array = np.ndarray[Any, Any]
@@ -94,3 +102,20 @@ def to_older_generation(folder: Path, group: str = "") -> None:
                 tensors[f"{prefix}.{group}buffer_{flat}.{stat}"] = values
 
     edit_tensors(folder / "model.safetensors", add)
+
+
+def read(folder: Path, **options: Any) -> Policy:
+    return read_policy(str(folder), ReadOptions(**options))
+
+
+def golden_io(name: str = "smolvla_tiny") -> IO:
+    return read_policy(str(GOLDEN / name / "checkpoint")).io
+
+
+def edit_step(folder: Path, file: str, kind: str, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Edits the step of that kind in a processor file."""
+
+    def change(table: dict[str, Any]) -> None:
+        edit(next(s for s in table["steps"] if s["registry_name"] == kind))
+
+    edit_json(folder / file, change)

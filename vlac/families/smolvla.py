@@ -476,12 +476,13 @@ def from_lerobot(checkpoint: LeRobotCheckpoint) -> Policy:
     taken = ("text.head_dim", "vision.num_attention_heads")
     spec = override(spec, {k: v for k, v in checkpoint.options.spec.items() if k not in taken})
     _check_layers(checkpoint, spec)
+    io = _io(checkpoint, spec, cameras, resize, empty_cameras)  # features first: their errors are the clearer ones
     return Policy(
         family="smolvla",
         name=checkpoint.name,
         spec=spec,
         weights=canonical_weights(checkpoint, spec),
-        io=_io(checkpoint, spec, cameras, resize, empty_cameras),
+        io=io,
         source=Source(str(checkpoint.folder)),
         tokenizer=tokenizer,
         flow=FlowSpec.euler(
@@ -532,4 +533,6 @@ def _io(
     )
 
 
-FAMILY = families.add(Family("smolvla", build, from_lerobot, doc="SmolVLA: SmolVLM2 with a flow-matching expert"))
+FAMILY = families.add(
+    Family("smolvla", build, from_lerobot, doc="SmolVLM2 with a flow-matching action expert", title="SmolVLA")
+)

@@ -6,6 +6,7 @@ processors, statistics); the family's `from_lerobot` takes from it what it needs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -18,7 +19,7 @@ from vlac.policy import Policy
 from vlac.readers import lerobot_statistics as stats
 from vlac.readers import peft
 from vlac.readers.hub import companion, policy_folder, resolve
-from vlac.readers.lerobot_processors import NormStep, Processors, TextStep, read_processors
+from vlac.readers.lerobot_processors import POST, PRE, NormStep, Processors, TextStep, read_processors
 from vlac.readers.lerobot_statistics import Lookup, Statistics
 from vlac.readers.safetensors_file import open_folder, read_json
 from vlac.readers.tokenizer_file import read_tokenizer
@@ -192,10 +193,10 @@ class LeRobotCheckpoint:
         if step is None and self._configured_mode(feature_kind) == "IDENTITY":
             return ()
         if step is None:
-            which = "pre" if forward else "post"
+            file, name = (PRE, "normalizer_processor") if forward else (POST, "unnormalizer_processor")
             self.problem(
                 CheckpointError(
-                    f"policy_{which}processor.json has no {kind[:-1]}zer step, so {feature} would pass unchanged",
+                    f"{self.folder / file}: no {name}, so {feature} would pass unchanged",
                     remedy="save the processors again, or --no-stats (normalised units only)",
                 )
             )
@@ -370,6 +371,7 @@ def read(folder: Path, options: ReadOptions) -> Policy:
         checkpoint.warn(f"config.json: unknown keys, not used: {', '.join(unknown)}")
     return policy.replace(
         name=checkpoint.name,
+        parameters=sum(math.prod(t.shape) for t in checkpoint.tensors.values()),
         ignored=checkpoint.config.ignored(),
         warnings=(*policy.warnings, *checkpoint.warnings),
     )

@@ -46,9 +46,8 @@ def find_backbone(folder: Path, name: str, spec: Mapping[str, Any]) -> Backbone:
     try:
         return read_backbone(path or companion(folder, name, "config.json", "the VLM (vlm_model_name)"))
     except CheckpointError as error:
-        options = "--spec text.head_dim=64 --spec vision.num_attention_heads=12"
-        remedy = f"{error.remedy}; or say its head sizes, for example {options}"
-        raise CheckpointError(error.message, remedy=remedy) from None
+        say = "say its head sizes, for example --spec text.head_dim=64 --spec vision.num_attention_heads=12"
+        raise CheckpointError(error.message, remedy=f"{error.remedy}; or {say}" if error.remedy else say) from None
 
 
 def read_backbone(path: Path) -> Backbone:
