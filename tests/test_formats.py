@@ -151,6 +151,6 @@ def test_a_wrong_byte_count_is_refused() -> None:
 def test_without_ggml_k_quants_say_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("VLAC_GGML_LIB", str(tmp_path))
     monkeypatch.setattr(ggml_lib, "_loaded", None)
-    with pytest.raises(EngineError, match="VLAC_GGML_LIB=.* holds no libggml-base") as caught:
+    with pytest.raises(EngineError, match=r"VLAC_GGML_LIB=.* holds no libggml-base") as caught:
         encode("q4_k", np.zeros((1, 256), dtype=np.float32))
     assert "pip install" in caught.value.remedy

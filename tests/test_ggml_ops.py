@@ -13,8 +13,7 @@ from vlac.engines import ggml_lib
 from vlac.engines.ggml_engine import GgmlSession
 from vlac.engines.ggml_ops import DECLINES, DRAW, FLASH_ROWS
 from vlac.engines.numpy_engine import run_stage
-from vlac.errors import EngineError, InputError
-from vlac.formats import decode, encode, get_format
+from vlac.formats import decode, encode
 from vlac.graph import Call, Param, Program, Schedule, StageBuilder, check
 from vlac.ops import OPS
 
@@ -102,7 +101,10 @@ def linear(m: int, k: int, n: int, fmt: str, bias: bool) -> Toy:
 def attention(nq: int, nk: int, h: int, g: int, d: int, e: int, mask: str) -> Toy:
     t = Toy()
     # computed (not fed) operands, so that they are strided views in the graph
-    qkv = [t.b.slice(t.input(normal(n, w + 8)), axis=1, start=8, stop=w + 8) for n, w in ((nq, h * d), (nk, g * d), (nk, g * e))]
+    qkv = [
+        t.b.slice(t.input(normal(n, w + 8)), axis=1, start=8, stop=w + 8)
+        for n, w in ((nq, h * d), (nk, g * d), (nk, g * e))
+    ]
     extra = []
     if mask:
         m = RNG.random((nq, nk)) < 0.6
@@ -125,9 +127,9 @@ def cached_attention(nq: int, old: int, new: int, h: int, g: int, d: int, joined
         k = t.b.concat(k, t.b.scale(t.input(normal(new, g * d)), factor=1.0), axis=0)
         v = t.b.concat(v, t.b.scale(t.input(normal(new, g * d)), factor=1.0), axis=0)
         nk += new
-    mask = [t.input(RNG.random((nq, nk)) < 0.7)] if masked else []
-    if masked:
-        t.inputs["in%d" % (len(t.inputs) - 1)][:, 1] = True
+    allowed = RNG.random((nq, nk)) < 0.7
+    allowed[:, 1] = True
+    mask = [t.input(allowed)] if masked else []
     t.b.output(t.b.op("attention", q, k, v, *mask, heads=h, kv_heads=g, scale=0.3))
     return t
 
@@ -210,9 +212,11 @@ F32 = 4e-6
 CASES: dict[str, tuple[Callable[[], Toy], float]] = {
     **{f"{op} {s}": (lambda op=op, s=s: unary(op, 3 * normal(*s)), F32)
        for op in ("silu", "sigmoid", "tanh", "relu", "softmax") for s in ((1, 1), (5, 33), (17, 64))},
-    **{f"gelu {a}": (lambda a=a: unary("gelu", 4 * normal(9, 37), approximate=a), F32) for a in ("tanh", "none", "quick")},
+    **{f"gelu {a}": (lambda a=a: unary("gelu", 4 * normal(9, 37), approximate=a), F32)
+       for a in ("tanh", "none", "quick")},
     **{f"{op} {sx} {sy} {w}": (lambda op=op, sx=sx, sy=sy, w=w: binary(op, normal(*sx), normal(*sy), w), F32)
-       for op in ("add", "sub", "mul") for sx, sy in (((4, 6), (4, 6)), ((4, 6), (6,)), ((4, 6), (1, 6)), ((4, 6), (4, 1)), ((1, 1), (1, 1)))
+       for op in ("add", "sub", "mul")
+       for sx, sy in (((4, 6), (4, 6)), ((4, 6), (6,)), ((4, 6), (1, 6)), ((4, 6), (4, 1)), ((1, 1), (1, 1)))
        for w in (False, True)},
     **{f"linear f32 {m}x{k}x{n} {bias}": (lambda m=m, k=k, n=n, bias=bias: linear(m, k, n, "f32", bias), F32)
        for m, k, n in ((1, 1, 1), (1, 36, 5), (3, 16, 8), (7, 37, 11), (70, 48, 64)) for bias in (False, True)},
@@ -230,8 +234,8 @@ CASES: dict[str, tuple[Callable[[], Toy], float]] = {
        for n, w, d in ((1, 12, 12), (5, 24, 12), (33, 128, 64)) for v in (False, True)},
     **{f"attention {nq}x{nk} {h}/{g} {d},{e} {m}": (lambda a=(nq, nk, h, g, d, e, m): attention(*a), F32)
        for nq, nk, h, g, d, e in ((1, 1, 1, 1, 4, 4), (5, 7, 2, 2, 12, 12), (16, 32, 4, 2, 8, 8), (9, 21, 3, 1, 12, 20),
-                                  (FLASH_ROWS - 1, 64, 2, 1, 64, 64), (FLASH_ROWS, 64, 2, 1, 64, 64), (70, 71, 3, 3, 12, 12),
-                                  (65, 33, 15, 5, 20, 20), (128, 191, 4, 2, 72, 72))
+                                  (FLASH_ROWS - 1, 64, 2, 1, 64, 64), (FLASH_ROWS, 64, 2, 1, 64, 64),
+                                  (70, 71, 3, 3, 12, 12), (65, 33, 15, 5, 20, 20), (128, 191, 4, 2, 72, 72))
        for m in ("", "mask", "empty rows")},
     **{f"cached attention {a}": (lambda a=a: cached_attention(*a), F32)
        for a in ((5, 13, 0, 4, 2, 8, False), (5, 13, 0, 4, 2, 8, False, False), (5, 13, 5, 4, 2, 8, True),
@@ -258,7 +262,7 @@ def test_op(case: str) -> None:
 
 def check_stage(toy: Toy) -> None:
     program = toy.program()
-    if not {name for name in toy.inputs} - {"noise"}:
+    if not set(toy.inputs) - {"noise"}:
         check(program)
 
 

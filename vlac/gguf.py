@@ -412,9 +412,15 @@ def open_gguf_artifact(path: Path) -> Artifact:
             remedy="vlac runs files that `vlac compile --target gguf-...` wrote",
         )
     manifest = _read_manifest(file, manifest_text)
+    checksums = manifest["crc32"]
     for key, text in texts.items():
-        if text is not None and key != MANIFEST and manifest["crc32"].get(key) != crc32(text.encode()):
+        if text is not None and key != MANIFEST and checksums.get(key) != crc32(text.encode()):
             raise ArtifactError(f"{path}: key {key} does not match its checksum", remedy="copy the file again")
+    for name in (*checksums, *file.tensors):
+        if (name not in file.tensors and texts.get(name) is None) or name not in checksums:
+            raise ArtifactError(
+                f"{path}: {name} is in the manifest or in the file, not in both", remedy="copy it again"
+            )
     try:
         program = parse(program_text)
         io = IO.from_json(io_text)

@@ -2,8 +2,8 @@
 
 Index, mask and pixel arithmetic on stage inputs stays on the host (numpy references); its results enter the graph as
 feeds. Masks enter as finite additive numbers, because a row of -inf gives NaN in ggml. Every value in a graph is
-float32 with nb[0] = 4. All shapes have been checked by `infer_stage` and `plan_stage` before anything here calls ggml, since an
-assertion there would end the process.
+float32 with nb[0] = 4. All shapes have been checked by `infer_stage` and `plan_stage` before anything here calls ggml,
+since an assertion there would end the process.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def plan_stage(stage: Stage, params: Mapping[str, Param]) -> StagePlan:
 def _needed(stage: Stage, rest: Mapping[str, Node]) -> tuple[dict[str, Node], dict[str, int]]:
     """Nodes that an output depends on, in order, and how often each value is read by them."""
     readers: dict[str, int] = dict.fromkeys(stage.outputs, 1)
-    for node in reversed(rest.values()):
+    for node in reversed(list(rest.values())):
         if node.name in readers:
             for i in node.inputs:
                 readers[i] = readers.get(i, 0) + 1
@@ -476,7 +476,7 @@ LAYOUTS["tail"] = _tail
 
 def _split(plan: StagePlan, n: Node) -> tuple[Node, Node] | None:
     """The two concats (old rows from the host, then new rows) that feed keys and values, if both are like that."""
-    if len(n.inputs) < 4 or plan.types[n.inputs[0]].shape[0] >= FLASH_ROWS:
+    if len(n.inputs) < 4 or _ints(plan.types[n.inputs[0]])[0] >= FLASH_ROWS:
         return None
     found = [plan.graph.get(i) for i in n.inputs[1:3]]
     k, v = found
