@@ -263,7 +263,7 @@ def write_goldens(goldens: tuple[Golden, ...]) -> bytes:
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as z:
         for key in sorted(arrays):
             data = _io.BytesIO()
-            np.lib.format.write_array(data, np.ascontiguousarray(arrays[key]), allow_pickle=False)
+            np.lib.format.write_array(data, np.ascontiguousarray(arrays[key]), allow_pickle=False)  # type: ignore[no-untyped-call]
             z.writestr(zipfile.ZipInfo(key + ".npy", (1980, 1, 1, 0, 0, 0)), data.getvalue(), zipfile.ZIP_DEFLATED)
     return out.getvalue()
 

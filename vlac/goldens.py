@@ -15,11 +15,12 @@ import numpy as np
 
 from vlac.artifact import Golden
 from vlac.engines.base import EngineSession
-from vlac.graph import Program, check
+from vlac.graph import Program, Repeat, Schedule, check
 from vlac.io import IO
 from vlac.policy import Policy
 from vlac.registry import Progress, families
 from vlac.runtime.actions import apply_action_steps
+from vlac.runtime.inputs import Prepared
 from vlac.runtime.session import execute, prepare
 
 NpArray = np.ndarray[Any, Any]
@@ -96,54 +97,72 @@ def answer(
 ) -> tuple[tuple[Golden, ...], dict[str, float]]:
     """Observations with the fp32 reference's chunks and taps, and the sampler-noise floor.
 
-    The floor says how far two noise seeds of the reference lie apart on the first observation: cosine and relative L2
-    of the chunk in the artifact's units. A drift far below it is lost in the policy's own randomness.
+    The floor says how far two noise seeds of the reference lie apart on one observation: cosine and relative L2 of the
+    chunk in the artifact's units. A drift far below it is lost in the policy's own randomness.
     """
     program = check(families.get(policy.family).build(policy))
     session = reference_session(program)
     result: list[Golden] = []
-    total = len(observations) + 1
+    floor: dict[str, float] = {}
+    what = "fp32 reference on golden observations"
     try:
-        for i, obs in enumerate(observations):
-            progress("fp32 reference on golden observations", i, total)
-            chunk_n, chunk, taps = _run(policy, program, session, obs)
-            result.append(dataclasses.replace(obs, chunk=chunk, chunk_normalised=chunk_n, taps=taps))
-        progress("fp32 reference on golden observations", total - 1, total)
-        first = result[0]
-        rng = np.random.Generator(np.random.PCG64([7, 7]))
-        other = np.asarray(rng.standard_normal(first.noise.shape), dtype=np.float32)
-        _, moved, _ = _run(policy, program, session, dataclasses.replace(first, noise=other))
-        progress("fp32 reference on golden observations", total, total)
+        for obs in observations:
+            progress(what, len(result), len(observations))
+            ready = _prepared(policy, program, obs)
+            taps: dict[str, NpArray] = {}
+            x = execute(program, session, ready.env, ready.symbols, taps=taps)
+            chunk = apply_action_steps(policy.io.action_steps, x)
+            if not floor:
+                floor = _noise_floor(policy, program, session, ready, taps, chunk)
+            chunk_n = apply_action_steps(policy.io.normalised_action_steps, x)
+            result.append(dataclasses.replace(obs, chunk=chunk, chunk_normalised=chunk_n, taps=_kept(taps)))
+        progress(what, len(observations), len(observations))
     finally:
         session.close()
-    a, b = moved.astype(np.float64).ravel(), first.chunk.astype(np.float64).ravel()
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    floor = {
-        "cosine": float(a @ b / norms) if norms else 1.0,
-        "relative_l2": float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30)),
-    }
     return tuple(result), floor
 
 
-def _run(
-    policy: Policy, program: Program, session: EngineSession, obs: Golden
-) -> tuple[NpArray, NpArray, dict[str, NpArray]]:
-    io = policy.io
-    ready = prepare(
-        io,
+def _prepared(policy: Policy, program: Program, obs: Golden) -> Prepared:
+    return prepare(
+        policy.io,
         policy.tokenizer,
         program,
         images=dict(obs.images),
         state=obs.state,
-        task=obs.task if io.text_steps else None,
+        task=obs.task if policy.io.text_steps else None,
         noise=obs.noise,
     )
-    taps: dict[str, NpArray] = {}
-    x = execute(program, session, ready.env, ready.symbols, taps=taps)
+
+
+def _kept(taps: Mapping[str, NpArray]) -> dict[str, NpArray]:
+    """Taps worth storing: float, not too large, and of the prefix the first and last layer: enough to tell where a
+    drift begins."""
     kept = {k: np.asarray(v) for k, v in taps.items() if v.nbytes <= MAX_TAP_BYTES and v.dtype == np.float32}
     prefix = [k for k in kept if k != "image_tokens" and not k.startswith("x_after_step")]
-    for name in prefix[2:-2]:  # first and last layer are enough to tell where a drift begins
+    for name in prefix[2:-2]:
         del kept[name]
-    chunk_n = apply_action_steps(io.normalised_action_steps, x)
-    chunk = apply_action_steps(io.action_steps, x)
-    return chunk_n, chunk, kept
+    return kept
+
+
+def _noise_floor(
+    policy: Policy,
+    program: Program,
+    session: EngineSession,
+    ready: Prepared,
+    taps: Mapping[str, NpArray],
+    chunk: NpArray,
+) -> dict[str, float]:
+    """Only the steps that noise reaches run again, on the values that the first run left."""
+    steps = program.schedule.steps
+    sampler = next((i for i, s in enumerate(steps) if isinstance(s, Repeat)), 0)
+    tail = program.replace(schedule=Schedule(steps[sampler:], program.schedule.result))
+    rng = np.random.Generator(np.random.PCG64([7, 7]))
+    noise = np.asarray(rng.standard_normal(ready.env["noise"].shape), dtype=np.float32)
+    x = execute(tail, session, {**ready.env, **taps, "noise": noise}, ready.symbols)
+    a = apply_action_steps(policy.io.action_steps, x).astype(np.float64).ravel()
+    b = chunk.astype(np.float64).ravel()
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return {
+        "cosine": float(a @ b / norms) if norms else 1.0,
+        "relative_l2": float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30)),
+    }

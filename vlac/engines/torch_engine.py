@@ -7,6 +7,7 @@ Nodes without inputs (`arange`, `full` and what follows from them) run once, at 
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -193,6 +194,8 @@ class TorchSession(EngineSession):
         device: str = "cpu",
         dtype: str = "f32",
     ) -> None:
+        # a busy core must not make the other threads spin: it can cost ten times the run on a shared machine
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch
 
         self._torch = torch
