@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -89,11 +90,12 @@ def assign_formats(program: Program, plan: Plan, overrides: Sequence[tuple[str, 
         params[name] = Param(p.shape, fmt.name)
     for pattern, _ in overrides:
         if pattern not in acted:
-            near = [n for n, k in kinds.items() if k in ("linear", "embed", "head")]
+            weights = sorted(n for n, k in kinds.items() if k in ("linear", "embed", "head"))
+            near = get_close_matches(pattern, weights, n=3, cutoff=0.3) or weights[:3]
             raise Unsupported(
-                f"precision pattern {pattern!r} matches no linear or embedding of the lowered program; it has "
-                f"{', '.join(sorted(near)[:12])}{', ...' if len(near) > 12 else ''}",
-                remedy="name them as `vlac inspect --program` shows them (q, k, v and gate, up are fused)",
+                f"precision pattern {pattern!r} acts on no linear or embedding of the lowered program; "
+                f"of its {len(weights)}, the nearest: {', '.join(near)}",
+                remedy="use names as `vlac inspect --program` shows them: q, k, v are one weight, so are gate and up",
             )
     return program.replace(params=params)
 
