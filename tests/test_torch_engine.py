@@ -16,7 +16,7 @@ from vlac.weights import LazyTensor, Weights
 
 torch = pytest.importorskip("torch")
 
-from vlac.engines.torch_engine import ENGINE, TorchSession  # noqa: E402
+from vlac.engines.torch_engine import ENGINE, TorchSession
 
 T = symbol("T")
 
