@@ -47,7 +47,7 @@ def parity_text(r: Report) -> str:
 
 def _steady(own: Report) -> str:
     equal = "bit-equal" if own["bit_equal"] else f"NOT bit-equal, max|d|/max {number(own['max_relative'])}"
-    return f"{own['calls']} calls on one input: {equal}"
+    return f"{own['calls']} calls on one input: {equal}; stage by stage: max|d|/max {number(own['stepwise'])}"
 
 
 def _compiler_text(q: Report) -> list[str]:
