@@ -16,13 +16,13 @@ from vlac.weights import LazyTensor, Weights
 
 torch = pytest.importorskip("torch")
 
-from vlac.engines.torch_engine import ENGINE, TorchSession
+from vlac.engines.torch_engine import ENGINE, TorchSession  # noqa: E402
 
 T = symbol("T")
 
 
 def loop_program() -> Program:
-    """prefix: rows of tokens; flow: x <- x + attention over them, four times, with the step index as a row of a table."""
+    """prefix: rows of tokens; flow: x <- x + attention over them, four times, plus the step's row of a table."""
     p = StageBuilder("prefix")
     tokens = p.input("tokens", "i32", T)
     p.input("token_valid", "bool", T)
