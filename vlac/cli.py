@@ -56,7 +56,7 @@ def guarded(command: F) -> F:
             raise typer.Exit(130) from None
         except BrokenPipeError:
             # the reader (head, less) has gone; leave nothing for the interpreter to flush into the closed pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise typer.Exit(0) from None
         except MemoryError:
             fail("out of memory", "use a machine with more, or a smaller target", machine_readable)
@@ -298,9 +298,9 @@ def bench_command(
     from vlac.bench import bench
     from vlac.report import bench_text
 
-    form = "json" if json_output else form
     if form not in ("md", "json", "csv", "jsonl"):
         raise InputError(f"-o {form!r}: there are md, json, csv, jsonl")
+    form = "json" if json_output else form
     with progress.progress(json_output or quiet or form != "md") as show:
         report = bench(path, engine=engine, threads=threads, runs=runs, progress=show)
     typer.echo(bench_text(report, form))
