@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lower_toys import DIMS, Dims, NpArray, observation, ops, run, same, toy
 
-from vlac.errors import Unsupported
+from vlac.errors import CheckpointError, Unsupported
 from vlac.graph import check, parse
 from vlac.lower import REWRITES, lower, lower_until
 from vlac.weights import LazyTensor, Weights
@@ -41,6 +41,15 @@ def test_lowering_reads_no_weight() -> None:
 
     lazy = Weights({n: LazyTensor(t.shape, refuse) for n, t in naive.weights.items()})
     assert lower(naive.replace(weights=lazy)) == lower(naive)
+
+
+def test_text_alone_can_be_lowered() -> None:
+    """Without weights the program comes out the same; only its values are missing."""
+    text = str(toy(Dims()))
+    done = lower(parse(text))
+    assert done == lower(toy(Dims()))
+    with pytest.raises(CheckpointError, match=r"vit\.q_proj\.weight"):
+        done.weights["vit.qkv_proj.weight"].load()
 
 
 def test_a_lowered_loop_keeps_only_what_changes() -> None:

@@ -131,10 +131,11 @@ class Draft:
         return sum(n.inputs.count("@" + param) for s in self.stages for n in s.nodes)
 
     def lazy(self, param: str) -> LazyTensor:
-        """The parameter's values; a program drawn without weights gives a tensor that cannot be loaded."""
+        """The parameter's values; of a program without weights (parsed text), a tensor that cannot be loaded."""
         if param in self.weights:
             return self.weights[param]
-        return Weights(self.weights)[param]
+        absent = Weights()
+        return LazyTensor(self.params[param].shape, lambda: absent[param].load(), source=param)
 
     def add_param(self, base: str, tensor: LazyTensor) -> str:
         """A new parameter under `base`, made unique; returns "@name"."""
