@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -112,7 +111,7 @@ def test_buckets_loops_and_changed_inputs_in_any_order() -> None:
         prefix = session.run("prefix", env, {"T": n})
         got = session.repeat(repeat, {**env, **prefix}, {"T": n})["x_next"]
         want = expected(program, tensors, env)
-        assert np.abs(got - want).max() <= 5e-6 * np.abs(want).max()
+        assert np.abs(got - want).max() <= 3e-5 * np.abs(want).max()
     session.close()
 
 
@@ -158,23 +157,34 @@ def test_a_closed_session_says_so_and_closes_twice() -> None:
         session.run("prefix", inputs(3, 0), {"T": 3})
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def test_all_native_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every context, buffer, allocator and backend that was made is freed, evicted graphs and failed ones included."""
+    lib = ggml_lib.load()
+    makes = {
+        "init": "free", "backend": "backend_free", "gallocr_new": "gallocr_free",
+        "backend_cpu_buffer_from_ptr": "backend_buffer_free",
+        "backend_alloc_ctx_tensors_from_buft": "backend_buffer_free",
+    }  # fmt: skip
+    alive: list[tuple[str, int]] = []
 
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            real = getattr(lib, name)
+            if name in makes:
+                return lambda *a: alive.append((makes[name], real(*a))) or alive[-1][1]
+            if name in makes.values():
+                return lambda address: (alive.remove((name, address)), real(address))
+            return real
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_sessions_give_their_memory_back() -> None:
+    monkeypatch.setattr(ggml_lib, "_loaded", Counting())
+    monkeypatch.setattr(ggml_engine, "MAX_GRAPHS", 3)
     program, tensors = loop()
-    sizes = []
-    for i in range(60):
-        session = GgmlSession(program, tensors, threads=1)
-        for n in (3, 16):
-            session.run("prefix", inputs(n, i), {"T": n})
-        session.close()
-        if i % 20 == 19:
-            gc.collect()
-            sizes.append(resident())
-    assert sizes[2] - sizes[1] < 2_000_000
+    session = GgmlSession(program, tensors, threads=1)
+    for n in (3, 16, 4, 5, 3):
+        session.run("prefix", inputs(n, n), {"T": n})
+    assert alive
+    session.close()
+    assert alive == []
 
 
 def test_weights_are_used_where_they_lie_in_the_file(golden: Any, tmp_path: Path) -> None:
@@ -349,7 +359,8 @@ def test_a_library_that_fails_its_self_test_is_refused_by_name(tmp_path: Path) -
     lib.mkdir()
     for stem in ("ggml-base", "ggml"):
         ggml_lib.library(lib, stem).write_bytes(b"\x7fELF not really")
-    done = run("from vlac.engines import ggml_lib as g\ntry:\n g.load()\nexcept Exception as e:\n print(type(e).__name__, e)",
+    code = "from vlac.engines import ggml_lib as g\ntry: g.load()\nexcept Exception as e: print(type(e).__name__, e)"
+    done = run(code,
                VLAC_GGML_LIB=str(lib), XDG_CACHE_HOME=str(tmp_path))  # fmt: skip
     assert "EngineError engine ggml: no usable library; VLAC_GGML_LIB:" in done.stdout
     assert "self-test failed (exit 1)" in done.stdout
@@ -358,6 +369,7 @@ def test_a_library_that_fails_its_self_test_is_refused_by_name(tmp_path: Path) -
 
 
 def test_an_unknown_provider_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLAC_GGML_LIB", raising=False)
     monkeypatch.setenv("VLAC_GGML_PROVIDER", "nobody")
     assert "VLAC_GGML_PROVIDER=nobody is not installed (known: transcribe-cpp-native" in ENGINE.missing()
 
