@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from checkpoint_files import (
     to_older_generation,
     write_tensors,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from vlac.checkpoint import read_policy
 from vlac.errors import CheckpointError, Unsupported, VlacError
@@ -302,7 +305,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[VlacError], str]] = {
         CheckpointError,
         "is not a plain file name",
     ),
-    "eps is text": (pre_step(NORM, lambda s: s["config"].update(eps="x")), CheckpointError, "eps must be a number"),
+    "eps is text": (pre_step(NORM, lambda s: s["config"].update(eps="x")), CheckpointError, "eps is 'x'"),
     "norm_map is a list": (
         pre_step(NORM, lambda s: s["config"].update(norm_map=["x"])),
         CheckpointError,
@@ -317,6 +320,16 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[VlacError], str]] = {
         pre_step("tokenizer_processor", lambda s: s["config"].update(padding_side="left")),
         Unsupported,
         "padding_side 'left'",
+    ),
+    "unknown padding": (
+        pre_step("tokenizer_processor", lambda s: s["config"].update(padding="left")),
+        Unsupported,
+        "padding 'left'",
+    ),
+    "unknown truncation": (
+        pre_step("tokenizer_processor", lambda s: s["config"].update(truncation="middle")),
+        Unsupported,
+        "truncation 'middle'",
     ),
     "tokenizer without a name": (
         pre_step("tokenizer_processor", lambda s: s["config"].pop("tokenizer_name")),
@@ -379,3 +392,51 @@ def test_source_names_every_file(folder: Path) -> None:
     source = read(folder).source
     assert {"config.json", "model.safetensors", "vlm/tokenizer.json", PRE, PRE_STATE} <= set(source.files)
     assert all(len(f["sha256"]) == 64 and f["size"] > 0 for f in source.files.values())
+
+
+# --- any value anywhere ---
+
+JSON_FILES = ("config.json", PRE, POST, "vlm/config.json")
+WILD = [None, True, -1, 0, 1, 3.5, 10**30, float("inf"), "x", "", "../..", "\0", [], [1], [None], {}, {"a": 1}]
+
+
+def places(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of every value inside a JSON document."""
+    yield here
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*here, key))
+
+
+def replaced(document: Any, place: tuple[Any, ...], value: Any) -> Any:
+    if not place:
+        return value
+    document = copy.copy(document)
+    document[place[0]] = replaced(document[place[0]], place[1:], value)
+    return document
+
+
+DOCUMENTS = {name: json.loads((GOLDEN / "smolvla_tiny" / "checkpoint" / name).read_text()) for name in JSON_FILES}
+PLACES = [(name, place) for name, document in DOCUMENTS.items() for place in places(document)]
+
+
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_golden(tmp_path_factory.mktemp("wild"))
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(PLACES), st.sampled_from(WILD), st.booleans())
+def test_any_value_in_any_place_reads_or_is_refused(
+    spoiled: Path, where: tuple[str, tuple[Any, ...]], value: Any, headers_only: bool
+) -> None:
+    name, place = where
+    original = DOCUMENTS[name]
+    (spoiled / name).write_text(json.dumps(replaced(original, place, value)))
+    try:
+        policy = read(spoiled, headers_only=headers_only)
+        assert IO.from_json(policy.io.to_json()) == policy.io
+    except VlacError as error:
+        assert error.message
+    finally:
+        (spoiled / name).write_text(json.dumps(original))

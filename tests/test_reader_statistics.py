@@ -15,6 +15,7 @@ from checkpoint_files import (
     PRE,
     PRE_STATE,
     copy_golden,
+    edit_config,
     edit_json,
     edit_step,
     edit_tensors,
@@ -117,12 +118,28 @@ def test_processor_without_a_normaliser_is_refused(folder: Path) -> None:
 
 def test_identity_needs_no_statistics(folder: Path) -> None:
     modes = {"VISUAL": "IDENTITY", "STATE": "IDENTITY", "ACTION": "IDENTITY"}
+    edit_config(folder, normalization_mapping=modes)
     for file, kind in ((PRE, "normalizer_processor"), (POST, "unnormalizer_processor")):
         edit_step(folder, file, kind, lambda s: (s.pop("state_file"), s["config"].update(norm_map=modes)))
     policy = read(folder)
     assert [s.step for s in policy.io.state_steps] == ["pad"]
     assert [s.step for s in policy.io.action_steps] == ["take"]
-    assert any("STATE MEAN_STD is not used" in w for w in policy.warnings)
+    assert policy.warnings == ()
+
+
+def test_the_processors_mode_is_the_one_that_runs(folder: Path) -> None:
+    edit_config(folder, normalization_mapping={"STATE": "MIN_MAX", "ACTION": "IDENTITY"})
+    policy = read(folder)
+    assert policy.io == golden_io()
+    notes = [w.split(":")[1].strip() for w in policy.warnings]
+    assert notes == ["STATE MIN_MAX is not used", "ACTION IDENTITY is not used"]
+
+
+@pytest.mark.parametrize("change", [{"norm_map": {}}, {"features": {"action": {"type": "ENV", "shape": [6]}}}], ids=str)
+def test_processor_that_skips_what_the_config_normalises_is_refused(folder: Path, change: dict[str, Any]) -> None:
+    edit_step(folder, POST, "unnormalizer_processor", lambda s: s["config"].update(change))
+    with pytest.raises(CheckpointError, match=r"passes action unchanged, but config\.json normalises ACTION"):
+        read(folder)
 
 
 def test_unknown_mode_is_refused(folder: Path) -> None:

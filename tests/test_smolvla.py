@@ -258,7 +258,8 @@ def test_buckets() -> None:
 
 def test_spec_option_reaches_the_spec(tmp_path: Path) -> None:
     folder = copy_golden(tmp_path)
-    edit_json(folder / "vlm" / "config.json", lambda t: t["text_config"].update(head_dim=6))
+    sizes = {"head_dim": 6, "num_attention_heads": 12}
+    edit_json(folder / "vlm" / "config.json", lambda t: t["text_config"].update(sizes))
     assert read_policy(str(folder)).spec.text.num_attention_heads == 12
     spec = read_policy(str(folder), ReadOptions(spec={"text.head_dim": "12", "chunk_size": "20"})).spec
     assert (spec.text.head_dim, spec.text.num_attention_heads, spec.expert.num_key_value_heads) == (12, 6, 2)
@@ -356,7 +357,8 @@ def test_without_resize_cameras_must_have_the_towers_size(tmp_path: Path) -> Non
 
 
 VLM_REFUSED = {
-    "head_dim": (lambda t: t["text_config"].update(head_dim=10), "do not hold heads of size 10"),
+    "head_dim": (lambda t: t["text_config"].update(head_dim=10), "do not hold 6 heads of size 10"),
+    "heads": (lambda t: t["text_config"].update(num_attention_heads=5), "do not hold 5 heads of size 12"),
     "vision heads": (lambda t: t["vision_config"].update(num_attention_heads=5), "5 heads"),
     "bias": (lambda t: t["text_config"].update(attention_bias=True), "attention_bias"),
     "no heads": (lambda t: t["vision_config"].update(num_attention_heads=None), "num_attention_heads is None"),

@@ -339,9 +339,10 @@ def _specs(checkpoint: LeRobotCheckpoint, image_size: int) -> tuple[VisionSpec, 
     wanted = config.take("num_vlm_layers", 16)
     layers = min(wanted, backbone.layers or wanted) if wanted > 0 else backbone.layers or in_file
     q, kv = (_shape(tensors, f"text.layers.0.self_attn.{p}_proj.weight", 2)[0] for p in "qk")
-    if d < 1 or d % 2 or q % d or kv % d or (q // d) % (kv // d):
+    heads = 0 if "text.head_dim" in checkpoint.options.spec else backbone.heads
+    if d < 1 or d % 2 or q % d or kv % d or (q // d) % (kv // d) or heads not in (0, q // d):
         raise CheckpointError(
-            f"{config.path}: q and k projections of {q} and {kv} rows do not hold heads of size {d}",
+            f"{config.path}: q and k projections of {q} and {kv} rows do not hold {heads or ''} heads of size {d}",
             remedy="say the right size with --spec text.head_dim=64",
         )
     text = DecoderSpec(
@@ -357,6 +358,8 @@ def _specs(checkpoint: LeRobotCheckpoint, image_size: int) -> tuple[VisionSpec, 
         hidden_act=backbone.hidden_act,
     )
     expert_width = int(width * config.take("expert_width_multiplier", 0.75))
+    if not 0 < expert_width < 2**20:
+        raise CheckpointError(f"{config.path}: expert_width_multiplier gives an expert of width {expert_width}")
     expert_layers = config.take("num_expert_layers", -1)
     expert = replace(
         text,
@@ -446,12 +449,20 @@ def canonical_weights(checkpoint: LeRobotCheckpoint, spec: SmolVLASpec) -> Weigh
     return Weights(result)
 
 
+def _flow_spec(checkpoint: LeRobotCheckpoint) -> FlowSpec:
+    config = checkpoint.config
+    low, high = config.take("min_period", 4e-3), config.take("max_period", 4.0)
+    if not 0 < low <= high:
+        raise CheckpointError(f"{config.path}: min_period {low} and max_period {high} of the time embedding")
+    return FlowSpec.euler(config.size("num_steps", 10, most=1000), low, high)
+
+
 def from_lerobot(checkpoint: LeRobotCheckpoint) -> Policy:
     """The Policy of an opened LeRobot checkpoint of type "smolvla"."""
     config = checkpoint.config
     _refuse_what_is_not_drawn(checkpoint)
     config.raw("normalization_mapping"), config.raw("pad_language_to"), config.raw("tokenizer_max_length")
-    empty_cameras = config.take("empty_cameras", 0)
+    empty_cameras = config.size("empty_cameras", 0, least=0, most=32)
     cameras = checkpoint.cameras(empty_cameras)
     image_size, resize = _image_size(checkpoint, cameras)
     vision, factor, text, expert = _specs(checkpoint, image_size)
@@ -460,9 +471,9 @@ def from_lerobot(checkpoint: LeRobotCheckpoint) -> Policy:
         text=text,
         expert=expert,
         scale_factor=factor,
-        chunk_size=config.positive("chunk_size", 50),
-        max_action_dim=config.positive("max_action_dim", 32),
-        max_state_dim=config.positive("max_state_dim", 32),
+        chunk_size=config.size("chunk_size", 50),
+        max_action_dim=config.size("max_action_dim", 32),
+        max_state_dim=config.size("max_state_dim", 32),
         tokenizer_max_length=checkpoint.text_step().max_length,
         attention_mode=config.take("attention_mode", "cross_attn"),
         self_attn_every_n_layers=config.take("self_attn_every_n_layers", 2),
@@ -485,9 +496,7 @@ def from_lerobot(checkpoint: LeRobotCheckpoint) -> Policy:
         io=io,
         source=Source(str(checkpoint.folder)),
         tokenizer=tokenizer,
-        flow=FlowSpec.euler(
-            config.positive("num_steps", 10), config.take("min_period", 4e-3), config.take("max_period", 4.0)
-        ),
+        flow=_flow_spec(checkpoint),
     )
 
 
@@ -497,7 +506,7 @@ def _io(
     config, state_key, action_key = checkpoint.config, "observation.state", "action"
     state_dim = checkpoint.vector("input_features", state_key, spec.max_state_dim, "max_state_dim")
     action_dim = checkpoint.vector("output_features", action_key, spec.max_action_dim, "max_action_dim")
-    n_action_steps = config.positive("n_action_steps", spec.chunk_size)
+    n_action_steps = config.size("n_action_steps", spec.chunk_size)
     if n_action_steps > spec.chunk_size:
         raise CheckpointError(f"{config.path}: n_action_steps {n_action_steps} exceeds chunk_size {spec.chunk_size}")
     unread = [n for n, (kind, _) in checkpoint.features("input_features").items() if kind not in ("VISUAL", "STATE")]

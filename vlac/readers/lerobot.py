@@ -56,15 +56,24 @@ class Config:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            raise CheckpointError(f"{self.path}: {key} is {value!r}, expected {kind.__name__}")
+            raise CheckpointError(f"{self.path}: {key} is {repr(value)[:80]}, expected {kind.__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(f"{self.path}: {key} is {value}, expected a finite number")
         return value
 
-    def positive(self, key: str, default: int) -> int:
-        """A whole number of at least 1."""
+    def size(self, key: str, default: int, least: int = 1, most: int = 65536) -> int:
+        """A whole number in [least, most]; the limit keeps a damaged config from asking for all memory."""
         value = self.take(key, default)
-        if value < 1:
-            raise CheckpointError(f"{self.path}: {key} is {value}, expected at least 1")
+        if not least <= value <= most:
+            raise CheckpointError(f"{self.path}: {key} is {value}, expected {least} to {most}")
         return value
+
+    def table(self, key: str) -> dict[str, Any]:
+        """An object; empty when absent or null."""
+        value = self.raw(key)
+        if value is not None and not isinstance(value, dict):
+            raise CheckpointError(f"{self.path}: {key} is {repr(value)[:80]}, expected an object")
+        return dict(value or {})
 
     def refuse(self, key: str, *neutral: Any, why: str) -> None:
         """Unsupported unless the key is absent or has one of the `neutral` values."""
@@ -120,12 +129,11 @@ class LeRobotCheckpoint:
 
     def features(self, group: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """`input_features` or `output_features`: name -> (type, shape), in order."""
-        table = self.config.raw(group, {})
         result = {}
-        for name, entry in table.items() if isinstance(table, dict) else ():
+        for name, entry in self.config.table(group).items():
             kind = entry.get("type") if isinstance(entry, dict) else None
             shape = entry.get("shape") if isinstance(entry, dict) else None
-            sizes = isinstance(shape, list) and all(isinstance(d, int) and d > 0 for d in shape)
+            sizes = isinstance(shape, list) and all(type(d) is int and 0 < d < 2**31 for d in shape)
             if not isinstance(kind, str) or shape is None or not sizes:
                 raise CheckpointError(f"{self.config.path}: {group}.{name} needs a type and a shape, found {entry!r}")
             result[name] = (kind, tuple(shape))
@@ -166,9 +174,18 @@ class LeRobotCheckpoint:
     # --- normalisation ---
 
     def _mode(self, step: NormStep, feature: str, kind: str) -> str:
-        mode = step.norm_map.get(kind, "IDENTITY")
+        entry = step.features.get(feature)
+        listed = entry.get("type") if isinstance(entry, dict) else None
+        mode = step.norm_map.get(listed if isinstance(listed, str) else kind, "IDENTITY")
         configured = self._configured_mode(kind)
-        if configured not in (None, mode):
+        if mode == "IDENTITY" and configured not in (None, mode):
+            self.problem(
+                CheckpointError(
+                    f"{step.where}: passes {feature} unchanged, but config.json normalises {kind} by {configured}",
+                    remedy="make norm_map and features of the step agree with normalization_mapping, or --no-stats",
+                )
+            )
+        elif configured not in (None, mode):
             self.warn(f"config.json: {kind} {configured} is not used: {step.where} normalises it by {mode}")
         if mode != "IDENTITY" and feature not in step.features:
             self.problem(
@@ -181,8 +198,7 @@ class LeRobotCheckpoint:
         return mode
 
     def _configured_mode(self, kind: str) -> str | None:
-        mapping = self.config.raw("normalization_mapping")
-        return mapping.get(kind) if isinstance(mapping, dict) else None
+        return self.config.table("normalization_mapping").get(kind)
 
     def normalise(self, kind: str, feature: str, feature_kind: str, shape: tuple[int, ...]) -> tuple[Step, ...]:
         """The "normalise" or "unnormalise" step of a feature: none for IDENTITY and with --no-stats."""
@@ -268,14 +284,12 @@ class LeRobotCheckpoint:
 
 def _generation_before_processors(config: Config) -> Processors:
     """Processors as the policy class itself ran them, from config.json."""
-    mapping = config.raw("normalization_mapping", {})
-    features = {**(config.raw("input_features") or {}), **(config.raw("output_features") or {})}
-    if not isinstance(mapping, dict):
-        raise CheckpointError(f"{config.path}: normalization_mapping is {mapping!r}, expected an object")
+    mapping = config.table("normalization_mapping")
+    features = {**config.table("input_features"), **config.table("output_features")}
     step = NormStep(1e-8, features, {str(k): str(v) for k, v in mapping.items()}, None, str(config.path))
     tokenizer = config.raw("vlm_model_name") or "google/paligemma-3b-pt-224"
     padding = "max_length" if config.raw("pad_language_to", "max_length") == "max_length" else "longest"
-    text = TextStep(str(tokenizer), config.positive("tokenizer_max_length", 48), padding, True)
+    text = TextStep(str(tokenizer), config.size("tokenizer_max_length", 48), padding, True)
     return Processors({}, ("newline", text), step, step)
 
 
@@ -331,7 +345,7 @@ def open_checkpoint(folder: Path, options: ReadOptions) -> LeRobotCheckpoint:
         raise CheckpointError(f"{folder}: a tensor is there twice, with and without _orig_mod in its name")
     buffers = Weights({name: t for name, t in stripped.items() if stats.is_buffer(name)})
     tensors = stripped.without(*buffers)
-    features = [*(config.raw("input_features") or {}), *(config.raw("output_features") or {})]
+    features = [*config.table("input_features"), *config.table("output_features")]
     read = _statistics(processors, buffers, features, options, str(folder / "model.safetensors"))
     return LeRobotCheckpoint(
         folder=folder,

@@ -23,6 +23,12 @@ SWITCHED = ("relative_actions_processor", "absolute_actions_processor")
 """Steps that act only when their config says enabled."""
 
 
+_PADDING = {"max_length": "max_length", **dict.fromkeys(("longest", "do_not_pad", "True", "False"), "longest")}
+_TRUNCATION = dict.fromkeys(("True", "longest_first", "only_first"), True)
+_TRUNCATION |= dict.fromkeys(("False", "None", "do_not_truncate"), False)
+"""transformers' spellings; for one prompt "longest" and no padding are the same."""
+
+
 @dataclass(frozen=True)
 class NormStep:
     """A (un)normaliser step: what it says, and the file that should hold its statistics (None when it names none)."""
@@ -123,8 +129,10 @@ def _names(value: Any, where: str) -> dict[str, str]:
 
 def _norm_step(folder: Path, config: dict[str, Any], state_file: Any, where: str) -> NormStep:
     eps, features = config.get("eps", 1e-8), config.get("features", {})
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not isinstance(features, dict):
-        raise CheckpointError(f"{where}: eps must be a number and features an object")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < 1:
+        raise CheckpointError(f"{where}: eps is {eps!r}, expected a small number")
+    if not isinstance(features, dict):
+        raise CheckpointError(f"{where}: features must be an object")
     if config.get("normalize_observation_keys") is not None:
         raise Unsupported(f"{where}: normalize_observation_keys (normalising only some keys) is not implemented")
     path = None if state_file is None else inside(folder, state_file, f"{where}, state_file")
@@ -135,10 +143,11 @@ def _text_step(config: dict[str, Any], where: str) -> TextStep:
     name, length = config.get("tokenizer_name"), config.get("max_length", 512)
     if not isinstance(name, str) or not name:
         raise Unsupported(f"{where}: no tokenizer_name (the tokenizer was given as an object)")
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise CheckpointError(f"{where}: max_length {length!r} is not a positive whole number")
+    if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= 65536:
+        raise CheckpointError(f"{where}: max_length {length!r}, expected a whole number from 1 to 65536")
     if config.get("padding_side", "right") != "right":
         raise Unsupported(f"{where}: padding_side {config['padding_side']!r}; only right is implemented")
-    padding = {"max_length": "max_length"}.get(str(config.get("padding", "max_length")), "longest")
-    truncation = config.get("truncation", True) not in (False, None, "do_not_truncate")
-    return TextStep(name, length, padding, truncation)
+    padding, truncation = config.get("padding", "max_length"), config.get("truncation", True)
+    if str(padding) not in _PADDING or str(truncation) not in _TRUNCATION:
+        raise Unsupported(f"{where}: padding {str(padding)[:40]!r}, truncation {str(truncation)[:40]!r}")
+    return TextStep(name, length, _PADDING[str(padding)], _TRUNCATION[str(truncation)])

@@ -14,11 +14,12 @@ from vlac.readers.safetensors_file import read_json
 
 @dataclass(frozen=True)
 class Backbone:
-    """What the VLM's name or config.json adds to the tensor shapes. `layers` 0 = unknown."""
+    """What the VLM's name or config.json adds to the tensor shapes. `layers` and `heads` 0 = unknown."""
 
     head_dim: int
     vision_heads: int
     layers: int = 0
+    heads: int = 0
     rms_norm_eps: float = 1e-5
     layer_norm_eps: float = 1e-6
     hidden_act: str = "silu"
@@ -78,6 +79,7 @@ def read_backbone(path: Path) -> Backbone:
         head_dim=size(text, "head_dim") if given else size(text, "hidden_size") // size(text, "num_attention_heads"),
         vision_heads=size(vision, "num_attention_heads"),
         layers=size(text, "num_hidden_layers"),
+        heads=size(text, "num_attention_heads"),
         rms_norm_eps=eps(text, "rms_norm_eps"),
         layer_norm_eps=eps(vision, "layer_norm_eps"),
         hidden_act=str(text.get("hidden_act", "silu")),
