@@ -24,13 +24,25 @@ MICROSOFT = "com.microsoft"
 INLINE_BYTES = 1024
 
 _ONNX_OF_DTYPE = {
-    "<f4": "FLOAT", "<f2": "FLOAT16", "<f8": "DOUBLE", "<i4": "INT32", "<i8": "INT64",
-    "|i1": "INT8", "|u1": "UINT8", "|b1": "BOOL", "<u2": "BFLOAT16",
+    "<f4": "FLOAT",
+    "<f2": "FLOAT16",
+    "<f8": "DOUBLE",
+    "<i4": "INT32",
+    "<i8": "INT64",
+    "|i1": "INT8",
+    "|u1": "UINT8",
+    "|b1": "BOOL",
+    "<u2": "BFLOAT16",
 }
 Value = tuple[str, Type]
 """A value's name in the graph, and its type."""
 
 _ONNX_OF_TYPE = {"f32": "FLOAT", "i32": "INT32", "bool": "BOOL"}
+
+
+def graph_names(stage: str, forms: Sequence[str]) -> dict[str, str]:
+    """form -> file name: the first form is {stage}.onnx."""
+    return {form: f"{stage}.onnx" if form == forms[0] else f"{stage}.{form}.onnx" for form in forms}
 
 
 def onnx_type(name: str) -> int:

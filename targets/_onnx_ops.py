@@ -1,6 +1,6 @@
 """Every op of the program table as ONNX nodes: one function per op, plus `StageEmitter` that walks a stage.
 
-Standard ops throughout. Linears with int8 weights have two forms over the same bytes: "runtime" quantises activations
+Standard ops throughout. Linears with int8 weights have two forms over the same bytes: "integer" quantises activations
 per row and multiplies integers (com.microsoft MatMulIntegerToFloat: the fast way in ONNX Runtime), "portable" says
 DequantizeLinear + MatMul (OpenVINO compresses it; any engine runs it).
 """
@@ -47,7 +47,7 @@ class StageEmitter:
         graph: where nodes go.
         program: bound (no symbols).
         ranges: of the stage's integer values (vlac.targets._onnx_ranges).
-        form: "portable" or "runtime", see above.
+        form: "portable" or "integer", see above.
         given: names in the graph of the stage's inputs; prefix: before every name this emitter makes.
     """
 
@@ -340,7 +340,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     product = e.tmp(out, "product") if biased else out
     weight = n.inputs[1]
     w = e.graph.param(weight[1:]) if weight.startswith("@") else None
-    if w is not None and w.format == "int8" and e.form == "runtime":
+    if w is not None and w.format == "int8" and e.form == "integer":
         _linear_integer(e, n.inputs[0], w, product)
     elif w is not None and w.format in ("int8", "int4"):
         e.node("MatMul", [e(n.inputs[0]), _dequantized(e, w)], product)

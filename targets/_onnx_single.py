@@ -6,7 +6,7 @@ Loop whose body sees the weights of the graph around it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from vlac.errors import Unsupported
 from vlac.graph import RUNTIME_INPUTS, Call, Program, Repeat, infer_stage
 from vlac.ops import Type
 from vlac.targets._folder import TensorStore
-from vlac.targets._onnx_graph import Graph, onnx_type
+from vlac.targets._onnx_graph import Graph, graph_names, onnx_type
 from vlac.targets._onnx_ops import StageEmitter, ints
 from vlac.targets._onnx_ranges import Range
 
@@ -24,15 +24,13 @@ Bounds = Mapping[str, Mapping[str, Range]]
 
 
 def write_single(
-    program: Program, store: TensorStore, folder: Path, bounds: Bounds, forms: Mapping[str, str]
+    program: Program, store: TensorStore, folder: Path, bounds: Bounds, forms: Sequence[str]
 ) -> dict[str, dict[str, str]]:
-    """Writes model.onnx (and model.openvino.onnx where the form differs); returns manifest["onnx"]."""
-    files = {}
-    for engine, form in forms.items():
-        name = f"{SINGLE}.onnx" if engine == "onnxruntime" else f"{SINGLE}.{engine}.onnx"
+    """Writes model.onnx (and model.portable.onnx where there are two forms); returns manifest["onnx"]."""
+    files = graph_names(SINGLE, forms)
+    for form, name in files.items():
         _Schedule(program, Graph(store, f"{SINGLE}.onnx.data"), bounds, form).write(folder / name)
-        files[engine] = name
-    return {SINGLE: {"openvino": files["onnxruntime"], **files}}
+    return {SINGLE: files}
 
 
 def runtime_inputs(program: Program) -> list[tuple[str, Type]]:

@@ -1,7 +1,8 @@
 """Targets onnx-fp32, onnx-fp16, onnx-int8, onnx-int4: a folder, one ONNX file per stage, for ONNX Runtime and OpenVINO.
 
 {stage}.onnx holds the graph (static shapes: every symbol at its largest value), {stage}.onnx.data the weights, aligned
-for mapping. int8 has a second graph per stage, {stage}.openvino.onnx, over the same data file (see _onnx_ops.py).
+for mapping. int8 has a second graph per stage, {stage}.portable.onnx, over the same data file (see _onnx_ops.py).
+manifest["onnx"] tells which graph is which.
 `--single-file` writes one model.onnx that makes the whole chunk (see _onnx_single.py).
 """
 
@@ -16,7 +17,7 @@ from vlac.errors import VlacError
 from vlac.graph import Program, Stage, infer_stage
 from vlac.registry import Progress, Target, targets
 from vlac.targets._folder import TensorStore, write_sidecars
-from vlac.targets._onnx_graph import Graph
+from vlac.targets._onnx_graph import Graph, graph_names
 from vlac.targets._onnx_ops import StageEmitter
 from vlac.targets._onnx_ranges import Range, ranges
 
@@ -49,32 +50,30 @@ def emit(program: Program, sidecars: Sidecars, folder: Path, options: Mapping[st
     else:
         stages = {s.name: write_stage(program, s, store, folder, bounds[s.name]) for s in program.stages}
     for name in program.params:  # those no stage reads, too: an artifact holds every parameter of its program
-        store.param(name, f"{program.stages[-1].name}.onnx.data")
+        store.param(name, f"{list(stages)[-1]}.onnx.data")
     extra = {"tensors": store.index(), "onnx": stages, "single_file": bool(options.get("single_file"))}
     write_sidecars(folder, sidecars, {**extra, **_engines(program, sidecars)})
 
 
-def forms(program: Program) -> dict[str, str]:
-    """engine -> form of its graphs; one entry per graph file to write. The forms differ in int8 linears only."""
+def forms(program: Program) -> tuple[str, ...]:
+    """Forms of graphs to write, that of {stage}.onnx first. They differ in int8 linears only."""
     weights = {n.inputs[1] for s in program.stages for n in s.nodes if n.op == "linear"}
     integer = any(p.format == "int8" and f"@{name}" in weights for name, p in program.params.items())
-    return {"onnxruntime": "runtime", "openvino": "portable"} if integer else {"onnxruntime": "portable"}
+    return ("integer", "portable") if integer else ("portable",)
 
 
 def write_stage(
     program: Program, stage: Stage, store: TensorStore, folder: Path, bounds: Mapping[str, Range]
 ) -> dict[str, str]:
-    """The graph files of one stage; returns engine -> file name."""
-    files: dict[str, str] = {}
+    """The graph files of one stage; returns form -> file name."""
+    files = graph_names(stage.name, forms(program))
     types = infer_stage(stage, program.params)
-    for engine, form in forms(program).items():
-        name = f"{stage.name}.onnx" if engine == "onnxruntime" else f"{stage.name}.{engine}.onnx"
+    for form, name in files.items():
         graph = Graph(store, f"{stage.name}.onnx.data")
         given = {n: graph.unique(n) for n, _ in stage.inputs}
         made = StageEmitter(graph, program, stage, bounds, form, given).emit()
         graph.save(folder / name, stage.name, stage.inputs, [(made[o], types[o]) for o in stage.outputs])
-        files[engine] = name
-    return {engine: files.get(engine, files["onnxruntime"]) for engine in ENGINES}
+    return files
 
 
 def _engines(program: Program, sidecars: Sidecars) -> dict[str, Any]:

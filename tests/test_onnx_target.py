@@ -65,7 +65,7 @@ def test_every_file_passes_the_checker_and_loads_in_plain_onnxruntime(precision:
     for single in (False, True):
         write(flow_program(FORMATS[precision]), tmp_path / str(single), single_file=single)
     files = sorted(tmp_path.rglob("*.onnx"))
-    assert len(files) == (8 if precision == "int8" else 4)
+    assert len(files) == (8 if precision == "int8" else 4), files
     for file in files:
         onnx.checker.check_model(str(file))
         onnx.shape_inference.infer_shapes_path(str(file), str(tmp_path / "shapes.onnx"), strict_mode=True)
@@ -114,7 +114,7 @@ def test_manifest_lists_every_file_with_size_and_hash(tmp_path: Path) -> None:
     for name, row in manifest["files"].items():
         data = (tmp_path / name).read_bytes()
         assert row == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    assert manifest["onnx"]["flow"] == {"onnxruntime": "flow.onnx", "openvino": "flow.openvino.onnx"}
+    assert manifest["onnx"]["flow"] == {"integer": "flow.onnx", "portable": "flow.portable.onnx"}
 
 
 def test_decoded_tensors_are_the_weights(tmp_path: Path) -> None:

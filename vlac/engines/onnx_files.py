@@ -12,9 +12,11 @@ SINGLE = "model"
 """Name of the one graph of a `--single-file` artifact in manifest["onnx"]."""
 
 
-def graph_files(artifact: Artifact, engine: str) -> dict[str, Path]:
-    """Stage name -> graph file for `engine`. Graph files are small: their hashes are checked; of data files the size.
+def graph_files(artifact: Artifact, engine: str, form: str) -> dict[str, Path]:
+    """Stage name -> graph file. Graph files are small: their hashes are checked; of data files the size.
 
+    `form` is "portable", or "integer": activations are quantised in the graph; where nothing is int8 there is no such
+    form, and the portable one is taken.
     Raises EngineError for an artifact without ONNX graphs, ArtifactError for a file that is missing or changed.
     """
     table = artifact.manifest.get("onnx")
@@ -31,12 +33,11 @@ def graph_files(artifact: Artifact, engine: str) -> dict[str, Path]:
     result: dict[str, Path] = {}
     for stage in stages:
         row = table.get(stage)
-        if not isinstance(row, dict) or not isinstance(row.get(engine), str):
-            raise ArtifactError(
-                f"{artifact.path}/manifest.json: no graph of stage {stage} for {engine}", remedy="compile again"
-            )
-        path = artifact.file(row[engine])
-        if sha256(path) != artifact.manifest["files"][row[engine]].get("sha256"):
+        name = row.get(form, row.get("portable")) if isinstance(row, dict) else None
+        if not isinstance(name, str):
+            raise ArtifactError(f"{artifact.path}/manifest.json: no graph of stage {stage}", remedy="compile again")
+        path = artifact.file(name)
+        if sha256(path) != artifact.manifest["files"][name].get("sha256"):
             raise ArtifactError(
                 f"{path} is not the file that was compiled (its sha256 is not the one in manifest.json)",
                 remedy="copy the whole folder again, or compile again",

@@ -1,10 +1,12 @@
 """ONNX Runtime on the stage files of an ONNX artifact (CPU by default), or on the one file of a --single-file artifact.
 
-Options: "provider" (default CPUExecutionProvider), "spinning" (threads wait busily: for a machine with nothing else).
+Options: "provider" (default CPUExecutionProvider), "spinning" (threads wait busily: for a machine with nothing else),
+"int8" ("integer": activations are quantised, "float": only weights are int8; default by CPU, see `int8_kernels`).
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,10 @@ from vlac.errors import EngineError
 DECLINES: Mapping[str, str] = {}
 """op -> why this engine does not run it."""
 
+CPUINFO = Path("/proc/cpuinfo")
 CPU = "CPUExecutionProvider"
+INT8 = {"integer": "integer", "float": "portable"}
+"""Ways to run int8 linears -> which graph has it."""
 
 
 class OnnxRuntimeSession(EngineSession):
@@ -30,7 +35,10 @@ class OnnxRuntimeSession(EngineSession):
     def __init__(self, artifact: Artifact, threads: int | None, options: Mapping[str, Any]) -> None:
         import onnxruntime
 
-        files = graph_files(artifact, self.engine)
+        form = str(options.get("int8", int8_kernels()))
+        if form not in INT8:
+            raise EngineError(f"onnxruntime int8={form!r}; there are: {', '.join(INT8)}")
+        files = graph_files(artifact, self.engine, INT8[form])
         count = threads or default_threads()
         provider = str(options.get("provider", CPU))
         if provider not in onnxruntime.get_available_providers():
@@ -41,8 +49,9 @@ class OnnxRuntimeSession(EngineSession):
         self._single = SINGLE in files and bool(artifact.manifest.get("single_file"))
         self._result = artifact.program.schedule.result
         self._path = artifact.path
-        integers = bool(integer_formats(artifact))
-        make = self._options(onnxruntime, count, integers, bool(options.get("spinning")))
+        integers = integer_formats(artifact)
+        level = "1" if "int8" in integers and form == "float" else "4" if integers else ""
+        make = self._options(onnxruntime, count, level, bool(options.get("spinning")))
         # MatMul + Add would become Gemm, which dequantised weights are not fused with: they would be widened every time
         disabled = ["MatMulAddFusion"] if integers else []
         self._sessions = {
@@ -56,18 +65,19 @@ class OnnxRuntimeSession(EngineSession):
             "onnxruntime": onnxruntime.__version__,
             "provider": provider,
             "threads": count,
+            **({"int8": form} if "int8" in integers else {}),
         }
 
     @staticmethod
-    def _options(onnxruntime: Any, threads: int, integers: bool, spinning: bool) -> Any:
+    def _options(onnxruntime: Any, threads: int, accuracy_level: str, spinning: bool) -> Any:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-        if integers:
-            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+        if accuracy_level:  # of block-quantised MatMuls: 4 computes in int8, 1 in float
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", accuracy_level)
         return options
 
     def run(self, stage: str, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:
@@ -96,6 +106,20 @@ class OnnxRuntimeSession(EngineSession):
 
     def close(self) -> None:
         self._sessions.clear()
+
+
+def int8_kernels() -> str:
+    """ "integer" where uint8 x int8 products are exact, else "float".
+
+    x86 without VNNI adds pairs of products in saturating 16 bits (255 * 127 * 2 > 32767): silently wrong sums.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
+        return "integer"
+    try:
+        words = set(CPUINFO.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return "float"  # not Linux: nobody tells, so the safe one
+    return "integer" if words & {"avx512_vnni", "avx_vnni"} else "float"
 
 
 def _open(onnxruntime: Any, path: Path, options: Any, providers: list[str], disabled: list[str]) -> Any:

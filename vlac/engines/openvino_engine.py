@@ -35,7 +35,7 @@ class OpenVinoSession(EngineSession):
     def __init__(self, artifact: Artifact, threads: int | None, options: Mapping[str, Any]) -> None:
         import openvino
 
-        files = graph_files(artifact, self.engine)
+        files = graph_files(artifact, self.engine, "portable")
         self._core = openvino.Core()
         self._path = artifact.path
         self._single = bool(artifact.manifest.get("single_file"))
