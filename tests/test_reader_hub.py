@@ -25,6 +25,7 @@ from checkpoint_files import (
 
 from vlac.checkpoint import read_policy
 from vlac.errors import CheckpointError, Unsupported, VlacError
+from vlac.registry import ReadOptions
 
 
 @pytest.fixture
@@ -135,6 +136,58 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(
 def test_a_file_is_not_a_checkpoint(folder: Path) -> None:
     with pytest.raises(Unsupported, match="a file that no reader knows"):
         read_policy(str(folder / "model.safetensors"))
+
+
+def client_error(name: str) -> Exception:
+    """One of the client's errors, whatever its constructor wants in this version."""
+    from huggingface_hub import errors
+
+    kind = getattr(errors, name)
+    error = kind.__new__(kind)
+    Exception.__init__(error, "first line\nsecond line")
+    assert isinstance(error, Exception)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("GatedRepoError", "is gated on the hub.*(?s:.*)HF_TOKEN"),
+        ("RepositoryNotFoundError", "neither a local folder nor a repository"),
+        ("RevisionNotFoundError", "has no revision v9"),
+        ("LocalEntryNotFoundError", "at revision v9 is not in the hub cache"),
+        ("EntryNotFoundError", "does not exist on the hub"),
+        ("HfHubHTTPError", "cannot be fetched: "),
+        ("HFValidationError", "cannot be fetched: first line$"),
+    ],
+)
+def test_the_clients_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    import huggingface_hub
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise client_error(name)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(VlacError, match=f"(?m)checkpoint someone/thing.*{message}"):
+        read_policy("someone/thing", ReadOptions(revision="v9"))
+
+
+def test_only_data_files_are_asked_for(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    import huggingface_hub
+
+    asked: dict[str, Any] = {}
+
+    def answer(repo: str, **options: Any) -> str:
+        asked.update(options, repo=repo)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    assert read_policy("someone/thing", ReadOptions(revision="v9")).io == golden_io()
+    assert (asked["repo"], asked["revision"], asked["allow_patterns"]) == (
+        "someone/thing",
+        "v9",
+        ["*.json", "*.safetensors"],
+    )
 
 
 # --- LoRA ---

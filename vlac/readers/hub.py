@@ -13,8 +13,11 @@ from typing import Any
 
 from vlac.errors import CheckpointError, VlacError
 
-PATTERNS = ("*.json", "*.safetensors", "*/tokenizer.json", "*/tokenizer_config.json", "*/config.json")
-"""Files fetched from a repository; pickles and code are not among them."""
+PATTERNS = ("*.json", "*.safetensors")
+"""Files fetched from a repository, at any depth; pickles and code are not among them."""
+
+NOT_NEEDED = ("training_state/*", "*/training_state/*", "checkpoints/*")
+"""A trainer's own state, which may be larger than the policy."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -52,19 +55,21 @@ def _fetch(what: str, revision: str | None, call: Callable[[Any], str]) -> Path:
         ) from None
     except errors.EntryNotFoundError:
         raise VlacError(f"{what}{at} does not exist on the hub") from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except Exception as error:  # requests', httpx' or the client's own, by version: all mean "not fetched"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise VlacError(
-            f"{what}{at} cannot be fetched: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            f"{what}{at} cannot be fetched: {reason}",
             remedy="try again with network, or give a local folder",
         ) from None
 
 
 def fetch_repository(repo_id: str, revision: str | None = None) -> Path:
     """A hub repository's JSON and safetensors files in the local cache; downloads what is missing."""
+    patterns = {"allow_patterns": list(PATTERNS), "ignore_patterns": list(NOT_NEEDED)}
     return _fetch(
         f"checkpoint {repo_id}",
         revision,
-        lambda hub: hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(PATTERNS)),
+        lambda hub: hub.snapshot_download(repo_id, revision=revision, **patterns),
     )
 
 
