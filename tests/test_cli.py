@@ -314,3 +314,56 @@ def test_run_acts_and_writes_the_chunk(vlac: Any, artifact: Path, tmp_path: Path
 def test_run_names_what_is_wrong_with_the_observation(vlac: Any, artifact: Path) -> None:
     code, _, err = vlac("run", artifact, "--engine", "torch", "--state", "0,0", "--task", "pick")
     assert code == 2 and "camera" in err
+
+
+# --- progress and interrupts -----------------------------------------------------------------------------------
+
+
+def test_progress_says_each_phase_once(capsys: pytest.CaptureFixture[str]) -> None:
+    from vlac.progress import progress
+
+    with progress(quiet=False) as show:
+        show("reading", 0, 0)
+        for i in range(5):
+            show("reading", i, 5)
+        for i, name in enumerate(("a.weight", "b.weight", "c.weight")):
+            show(name, i, 3)  # items of one phase, each by its own name
+        show("done", 1, 1)
+    assert capsys.readouterr().err.splitlines() == ["reading", "a.weight", "done"]
+    with progress(quiet=True) as show:
+        show("reading", 0, 5)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_draws_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlac.progress import progress
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress(quiet=False) as show:
+        show("reading", 0, 0)
+        show("writing", 1, 2)
+        show("writing", 2, 2)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_ctrl_c_leaves_nothing_half_written(
+    vlac: Any, golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
+) -> None:
+    pytest.importorskip("torch", reason="compiling this artifact wants the torch engine")
+    args = ("compile", golden("smolvla_tiny").checkpoint, "--target", "gguf-f32", "-o", tmp_path / "out", "-q")
+    if earlier:
+        assert vlac(*args)[0] == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    from vlac import goldens
+
+    real = goldens.answer
+
+    def interrupted(*a: Any, **k: Any) -> Any:
+        real(*a, **k)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(goldens, "answer", interrupted)
+    code, _, err = vlac(*args)
+    assert code == 130 and "nothing half-written" in err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert [p.name for p in tmp_path.iterdir()] == (["out"] if earlier else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def text(f: Facts) -> str:
 
 
 def _head(f: Facts) -> list[str]:
-    rows: list[tuple[str, Any]] = [("family", f["family"]), ("name", f["name"]), ("parameters", many(f["parameters"]))]
+    rows: list[tuple[str, Any]] = [("family", f["family"]), ("name", f["name"]), ("parameters", _parameters(f))]
     if f["kind"] == "artifact":
         source = f["source"]
         rows += [
@@ -42,6 +43,14 @@ def _head(f: Facts) -> list[str]:
     if flow:
         rows.append(("flow", f"{flow['steps']} {flow['solver']} steps"))
     return [f"{f['kind']} {f['path']}", *pairs(rows)]
+
+
+def _parameters(f: Facts) -> str:
+    read = sum(p["parameters"] for p in f["parts"].values())
+    dead = f["parameters"] - read
+    return many(f["parameters"]) + (
+        f", {many(dead)} of them take no part" if f["kind"] == "checkpoint" and dead else ""
+    )
 
 
 def _warnings(f: Facts) -> list[str]:
@@ -129,7 +138,12 @@ def _dimensions(f: Facts) -> list[str]:
 
 def _ignored(f: Facts) -> list[str]:
     keys = f["ignored_config_keys"]
-    return [f"config keys that do not act on inference: {', '.join(keys)}"] if keys else []
+    if not keys:
+        return []
+    return [
+        "config keys that do not act on inference",
+        *textwrap.wrap(", ".join(keys), 110, initial_indent="  ", subsequent_indent="  "),
+    ]
 
 
 def compiled_text(path: Path | None, manifest: Facts) -> str:

@@ -44,23 +44,23 @@ NUMPY_LIMIT = 20_000_000
 FORMATS = ("f32", "f16", "bf16", "int8", "q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "iq4_nl", "q4_0", "int4")
 """Formats from the finest to the coarsest; the coarsest that holds at least 1 % of the values names an artifact."""
 
-COMPILER_LIMITS: Mapping[str, float] = {
-    "f32": 1e-4,
-    "f16": 2e-2,
-    "bf16": 5e-2,
-    "int8": 0.1,
-    "q8_0": 0.1,
-    "q6_k": 0.15,
-    "q5_k": 0.15,
-    "q5_0": 0.1,
-    "q4_k": 0.15,
-    "iq4_nl": 0.1,
-    "q4_0": 0.1,
-    "int4": 0.1,
+COMPILER_LIMITS: Mapping[str, str] = {
+    "f32": "compiler.max<=5e-5",
+    "f16": "compiler.rel_l2<=3e-3",
+    "bf16": "compiler.rel_l2<=2e-2",
+    "int8": "compiler.rel_l2<=6e-2",
+    "q8_0": "compiler.rel_l2<=6e-2",
+    "q6_k": "compiler.rel_l2<=6e-2",
+    "q5_k": "compiler.rel_l2<=6e-2",
+    "q5_0": "compiler.rel_l2<=6e-2",
+    "q4_k": "compiler.rel_l2<=6e-2",
+    "iq4_nl": "compiler.rel_l2<=6e-2",
+    "q4_0": "compiler.rel_l2<=6e-2",
+    "int4": "compiler.rel_l2<=6e-2",
 }
-"""Question 1: max|d| / max|reference| of any stage value, by format. The weights are equal on both sides; what is left
-is summation order and, for formats below f32, the rounding of ACTIVATIONS inside the engine's kernels (per matmul:
-f16 3e-4, bf16 2e-3, 8 bit 8e-3, K-quants 2e-2 to 7e-2 relative rms)."""
+"""Question 1, for every stage value and the chunk, by format. The weights are equal on both sides; what is left is
+summation order and, below f32, the rounding of ACTIVATIONS inside the engine's kernels (to f16, bf16, or 8 bits).
+Measured worst over stages, networks of 4 to 16 layers: f32 2.3e-6 (max), f16 1.2e-3, bf16 6.5e-3, 8 bit 3.3e-2."""
 
 COST_LIMITS: Mapping[str, tuple[str, ...]] = {
     "f32": ("cos>=0.9999999", "max<=2e-5"),
@@ -226,9 +226,8 @@ def _compiler(
             raise EngineError(f"question 1 cannot be asked: {why}", remedy='pip install "vlac-compiler[compile]"')
         not_asked.append(f"1. Is the compiler right? {why}")
         return None
-    limits = [x for x in wanted if x.question == "compiler"] or [
-        Limit("max_relative", "<=", COMPILER_LIMITS[grade], "compiler")
-    ]
+    default = metrics.parse_limit(COMPILER_LIMITS[grade])
+    limits = [x for x in wanted if x.question == "compiler"] or [default]
     session = _judge_session(artifact, name, threads)
     try:
         what = f"{name} engine, same weights"
@@ -238,8 +237,7 @@ def _compiler(
     rows = _stage_rows(artifact.program, mine.taps, theirs.taps, limits)
     chunk = metrics.summary(np.stack(mine.normalised), np.stack(theirs.normalised))
     verdicts = metrics.judge(limits, chunk)
-    bound = Limit("max_relative", "<=", COMPILER_LIMITS[grade])
-    steady = all(bound.holds(mine.repeats[k]) for k in ("max_relative", "stepwise"))
+    steady = all(default.holds(mine.repeats[k]) for k in ("max_relative", "stepwise"))
     over = next((r for r in rows if not r["ok"]), None)
     return {
         "question": "1. Is the compiler right? Engine against reference engine, same program, same decoded weights.",
@@ -296,7 +294,7 @@ def _stage_rows(
     theirs: Sequence[Mapping[str, NpArray]],
     limits: Sequence[Limit],
 ) -> list[dict[str, Any]]:
-    """Per stage, in order: its worst value (by max|d|/max) over observations, and whether the limits hold there."""
+    """Per stage, in order: its worst value over observations (one over a limit, else by max|d|/max)."""
     each = {step.stage for step in program.schedule.steps if isinstance(step, Call) and step.each}
     worst: dict[str, dict[str, Any]] = {}
     counted: dict[str, set[str]] = {}
@@ -307,12 +305,17 @@ def _stage_rows(
                 continue
             counted.setdefault(stage, set()).add(name)
             row: dict[str, Any] = {"stage": stage, "value": name, "observation": i, **metrics.summary(*pair)}
-            if stage not in worst or not row["max_relative"] <= worst[stage]["max_relative"]:
+            row["ok"] = all(x.holds(row[x.metric]) for x in limits if x.metric in row)
+            if stage not in worst or _badness(row) > _badness(worst[stage]):
                 worst[stage] = row
     for stage, row in worst.items():
         row["values"] = len(counted[stage])
-        row["ok"] = all(x.holds(row.get(x.metric)) for x in limits)
     return list(worst.values())
+
+
+def _badness(row: Mapping[str, Any]) -> tuple[bool, float]:
+    figure = row["max_relative"]
+    return not row["ok"], math.inf if math.isnan(figure) else figure
 
 
 def _comparable(a: NpArray | None, b: NpArray | None, per_camera: bool) -> tuple[NpArray, NpArray] | None:

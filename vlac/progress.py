@@ -67,6 +67,7 @@ def _bars() -> Iterator[Show]:
             nonlocal task
             if phases.enter(what, done, total):
                 if task is not None:
+                    bar.update(task, total=1, completed=1, share="")
                     bar.stop_task(task)
                 task = bar.add_task(what, total=total or None, share="")
             text = f"{100 * done // total} %" if total else ""

@@ -189,7 +189,7 @@ def bench_markdown(r: Report) -> str:
     """A block to paste: machine, table per phase, rates, memory, board, verdict."""
     a, m = r["artifact"], r["machine"]
     rows = [
-        [a["name"], size(a["bytes"]), r["engine"], r["threads"], phase]
+        [a["name"], size(a["bytes"]), r["engine"], number(r["threads"]), phase]
         + [number(s[k], 4) for k in ("p50", "p90", "p95", "p99", "max")]
         + [f"{number(s['mean'], 4)} ± {number(s['sd'], 2)}", r["runs"]]
         for phase, s in r["stages"].items()
