@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from vlac.families import smolvla
 from vlac.graph import Program, parse
 from vlac.policy import Policy
 from vlac.registry import ReadOptions
+from vlac.spec import DecoderSpec, VisionSpec
 
 NAMES = ("smolvla_tiny", "smolvla_letterbox")
 VLM = "model.vlm_with_expert.vlm.model."
@@ -382,3 +385,47 @@ def test_unknown_spec_field_is_refused(tmp_path: Path) -> None:
         program_with(tmp_path, ReadOptions(spec={"text.heads": 3}))
     with pytest.raises(Unsupported, match=r"text\.head_dim='many'"):
         program_with(tmp_path / "b", ReadOptions(spec={"text.head_dim": "many"}))
+
+
+def test_the_published_450m_shape_is_read_from_headers(tmp_path: Path) -> None:
+    """The real sizes, with the backbone's hub id only and no data on disk (a sparse file): inspect needs no more."""
+    folder = copy_golden(tmp_path)
+    shutil.rmtree(folder / "vlm")
+    vlm = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
+    edit_config(
+        folder,
+        vlm_model_name=vlm,
+        num_vlm_layers=16,
+        max_state_dim=32,
+        max_action_dim=32,
+        chunk_size=50,
+        resize_imgs_with_padding=[512, 512],
+    )
+    text = DecoderSpec(960, 2560, 16, 15, 5, 64, vocab_size=49280)
+    spec = dataclasses.replace(
+        plain_spec(),
+        vision=VisionSpec(768, 3072, 12, 12, 512, 16),
+        text=text,
+        expert=dataclasses.replace(text, hidden_size=720, intermediate_size=2048, vocab_size=0),
+        max_state_dim=32,
+        max_action_dim=32,
+        chunk_size=50,
+    )
+    tensors = {smolvla.lerobot_name(name): shape for name, shape in smolvla.shapes(spec).items()}
+    tensors[f"{VLM}vision_model.embeddings.patch_embedding.weight"] = (768, 3, 16, 16)
+    tensors["model.vlm_with_expert.vlm.lm_head.weight"] = (49280, 960)
+    tensors[f"{VLM}text_model.norm.weight"] = (960,)
+    assert (len(tensors), sum(map(math.prod, tensors.values())) // 100_000) == (500, 4500)
+    header, end = {}, 0
+    for name, shape in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + 2 * math.prod(shape)]}
+        end += 2 * math.prod(shape)
+    raw = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
+    policy = read_policy(str(folder), ReadOptions(headers_only=True))
+    assert policy.spec == spec and policy.spec.tokens_per_camera == 64
+    assert [w.split("\n")[0].split(": ", 1)[1][:13] for w in policy.warnings] == ["the tokenizer"]
+    program = smolvla.build(policy)
+    assert sum(math.prod(p.shape) for p in program.params.values()) < 403_000_000
