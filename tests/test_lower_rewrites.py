@@ -306,3 +306,24 @@ def test_share_and_prune_leave_one_of_equals_and_nothing_dead() -> None:
     assert [s.name for s in done.stages] == ["s"]
     assert [n for n, _ in done.stage("s").inputs] == ["state"]
     assert (done.params, dict(done.weights), len(done.schedule.steps)) == ({}, {}, 1)
+
+
+def test_drop_identities_removes_what_gives_back_what_it_reads() -> None:
+    def draw(b: StageBuilder) -> str:
+        x = b.input("state", "f32", 4, 6)
+        x = b.reshape(b.slice(b.pad(b.concat(x, axis=0), size=6), axis=1, start=0, stop=6), shape=(4, 6))
+        x = b.scale(b.transpose(b.pixel_shuffle(x, factor=1), perm=(0, 1)), factor=1.0)
+        return b.silu(x)
+
+    program = one(draw)
+    done = check(rewrite("drop_identities")(program))
+    assert ops(done) == ["silu"]
+    assert (run(program, {"state": rows(4, 6)}) == run(done, {"state": rows(4, 6)})).all()
+
+
+def test_drop_identities_keeps_outputs_and_square_transposes() -> None:
+    output = one(lambda b: b.reshape(b.input("state", "f32", 4, 4), shape=(4, 4)))
+    turned = one(lambda b: b.silu(b.transpose(b.input("state", "f32", 4, 4), perm=(1, 0))))
+    scaled = one(lambda b: b.silu(b.scale(b.input("state", "f32", 4, 4), factor=2.0)))
+    for program in (output, turned, scaled):
+        assert rewrite("drop_identities")(program) == program

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from vlac.errors import Unsupported
 from vlac.graph import Program, check
-from vlac.rewrites.clean import prune, share
+from vlac.rewrites.clean import drop_identities, prune, share
 from vlac.rewrites.constants import fold, tabulate_steps
 from vlac.rewrites.linears import (
     broadcast_tiles,
@@ -50,6 +50,7 @@ REWRITES: tuple[Rewrite, ...] = (
     Rewrite("fold_row_biases", fold_row_biases),
     Rewrite("shuffle_as_patch_order", shuffle_as_patch_order),
     Rewrite("fuse_projections", fuse_projections),
+    Rewrite("drop_identities", drop_identities),
     Rewrite("share_again", share),
     Rewrite("prune_again", prune),
 )

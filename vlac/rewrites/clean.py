@@ -1,4 +1,4 @@
-"""Common subexpressions and dead code, across stages."""
+"""Common subexpressions, nodes that do nothing, and dead code, across stages."""
 
 from __future__ import annotations
 
@@ -22,6 +22,35 @@ def share(program: Program) -> Program:
                 kept.append(n)
         stage.nodes = kept
     return draft.build()
+
+
+def drop_identities(program: Program) -> Program:
+    """Nodes that give what they read (a reshape to the same shape, a slice of everything, a scale by 1) go.
+
+    A stage's outputs keep their own node: their names are how stages find them.
+    """
+    draft = Draft.of(program)
+    for stage in draft.stages:
+        types = draft.types(stage)
+        same: dict[str, str] = {}
+        for n in stage.nodes:
+            if n.op in MAY_BE_IDENTITY and len(n.inputs) == 1 and n.name not in stage.outputs:
+                source = same.get(n.inputs[0], n.inputs[0])
+                if types.get(source) == types[n.name] and _changes_nothing(n):
+                    same[n.name] = source
+        stage.nodes = [n for n in stage.nodes if n.name not in same]
+        stage.rename_uses(same)
+    return draft.build()
+
+
+MAY_BE_IDENTITY = ("reshape", "slice", "pad", "tile", "cast", "concat", "transpose", "pixel_shuffle", "scale")
+"""With one operand and a result of the same type these give their operand back, save for what is checked below."""
+
+
+def _changes_nothing(n: Node) -> bool:
+    if n.op == "scale":
+        return bool(n.attr["factor"] == 1.0)
+    return n.op != "transpose" or n.attr["perm"] == tuple(range(len(n.attr["perm"])))
 
 
 def prune(program: Program) -> Program:
