@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from vlac.artifact import Artifact, StoredTensor
 from vlac.dims import symbol
 from vlac.engines.base import get_engine
 from vlac.engines.numpy_engine import NumpySession
 from vlac.errors import EngineError
 from vlac.graph import Call, Param, Program, Repeat, Schedule, StageBuilder, Symbol, check
+from vlac.io import IO
 from vlac.weights import LazyTensor, Weights
 
 torch = pytest.importorskip("torch")
@@ -128,3 +132,36 @@ def test_a_wrong_option_is_refused_by_name(kw: dict[str, str], word: str) -> Non
 def test_the_engine_is_registered() -> None:
     assert get_engine("torch") is ENGINE
     assert ENGINE.missing() == ""
+
+
+def artifact_of(program: Program) -> Artifact:
+    tensors = {n: StoredTensor(t.shape, "f32", t.load) for n, t in program.weights.items()}
+    return Artifact(Path("toy"), "folder", program, IO(**NO_IO), {}, None, tensors, lambda: None)
+
+
+NO_IO: dict[str, Any] = {
+    **dict.fromkeys(
+        ("cameras", "image_steps", "state_steps", "text_steps", "action_steps", "normalised_action_steps"), ()
+    ),
+    "state_key": "",
+    "state_dim": 0,
+    "action_key": "",
+    "action_dim": 8,
+    "max_action_dim": 8,
+    "chunk_size": 3,
+    "n_action_steps": 3,
+}
+
+
+def test_an_artifact_opens_with_its_decoded_weights() -> None:
+    program = loop_program()
+    session = ENGINE.open(artifact_of(program), threads=1, options={"dtype": "f64", "device": "cpu"})
+    env = inputs(8, 6)
+    want = NumpySession(program, lambda n: program.weights[n].load()).run("prefix", env, {"T": 8})["keys"]
+    assert np.abs(want - session.run("prefix", env, {"T": 8})["keys"]).max() <= 1e-7 * np.abs(want).max()
+    session.close()
+
+
+def test_an_unknown_option_is_refused_by_name() -> None:
+    with pytest.raises(EngineError, match="turbo"):
+        ENGINE.open(artifact_of(loop_program()), options={"turbo": True})
