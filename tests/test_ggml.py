@@ -267,7 +267,16 @@ def test_wrong_shapes_and_dtypes_never_reach_ggml(tokens: NpArray) -> None:
 def test_weights_that_ggml_would_misread_are_refused(tensor: StoredTensor, said: str) -> None:
     program, tensors = loop()
     with pytest.raises(EngineError, match=said):
-        GgmlSession(program, {**tensors, "kv": tensor}, threads=1)
+        changed = program.replace(params={**program.params, "kv": Param((8, 8), tensor.format)})
+        GgmlSession(changed, {**tensors, "kv": tensor}, threads=1)
+
+
+def test_weights_that_are_not_the_programs_are_refused() -> None:
+    program, tensors = loop()
+    with pytest.raises(EngineError, match=r"tensor kv is missing, the program wants f32\[8, 8\]"):
+        GgmlSession(program, {n: t for n, t in tensors.items() if n != "kv"}, threads=1)
+    with pytest.raises(EngineError, match=r"tensor kv is f32\[4, 1\], the program wants f32\[8, 8\]"):
+        GgmlSession(program, {**tensors, "kv": tensors["dts"]}, threads=1)
 
 
 @pytest.mark.parametrize(

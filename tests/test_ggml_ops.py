@@ -11,7 +11,8 @@ import pytest
 from vlac.artifact import StoredTensor
 from vlac.engines import ggml_lib
 from vlac.engines.ggml_engine import GgmlSession
-from vlac.engines.ggml_ops import DECLINES, DRAW, FLASH_ROWS
+from vlac.engines.ggml_ops import DRAW
+from vlac.engines.ggml_plan import DECLINES, FLASH_ROWS
 from vlac.engines.numpy_engine import run_stage
 from vlac.formats import decode, encode
 from vlac.graph import Call, Param, Program, Schedule, StageBuilder, check

@@ -18,7 +18,8 @@ from vlac.artifact import Artifact, StoredTensor
 from vlac.engines import ggml_lib
 from vlac.engines.base import Engine, EngineSession, NpArray, Values
 from vlac.engines.ggml_lib import Ggml, InitParams, Tensor
-from vlac.engines.ggml_ops import LAYOUTS, Drawing, Feed, StagePlan, plan_stage
+from vlac.engines.ggml_ops import DRAW, LAYOUTS, Drawing, Feed
+from vlac.engines.ggml_plan import StagePlan, plan_stage
 from vlac.errors import EngineError
 from vlac.formats import get_format
 from vlac.graph import Program
@@ -195,7 +196,14 @@ class GgmlSession(EngineSession):
             raise EngineError(f"engine ggml: threads={threads}, expected 1 or more")
         bound = program.bind(program.max_symbols())
         for stage in bound.stages:
-            plan_stage(stage, bound.params)
+            plan_stage(stage, bound.params, DRAW)
+        for name, param in program.params.items():
+            have = tensors.get(name)
+            if have is None or (have.shape, have.format) != (param.shape, param.format):
+                found = f"{have.format}{list(have.shape)}" if have else "missing"
+                raise EngineError(
+                    f"engine ggml: tensor {name} is {found}, the program wants {param.format}{list(param.shape)}"
+                )
         self.program = program
         self._lock = threading.Lock()
         self._graphs: OrderedDict[tuple[Any, ...], StageGraph] = OrderedDict()
@@ -224,7 +232,7 @@ class GgmlSession(EngineSession):
         graph = self._graphs.get(key)
         if graph is None:
             bound = self.program.bind(symbols)
-            plan = plan_stage(bound.stage(stage), bound.params)
+            plan = plan_stage(bound.stage(stage), bound.params, DRAW)
             while len(self._graphs) >= MAX_GRAPHS:
                 self._graphs.popitem(last=False)[1].free()
             graph = self._graphs[key] = StageGraph(self._lib, self._backend, plan, self._weights.tensors)

@@ -183,8 +183,9 @@ class Ggml:
     """
 
     def __init__(self, directory: Path, cpu_library: str, provider: str = "") -> None:
-        # libgomp reads this in its constructor: spinning threads cost up to ten times when cores are shared
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        if _uses_openmp(directory, cpu_library):
+            # libgomp reads this in its constructor: spinning threads cost up to ten times when cores are shared
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         self.directory, self.cpu_library, self.provider = directory, cpu_library, provider
         self._libraries = [ctypes.CDLL(str(library(directory, stem))) for stem in ("ggml-base", "ggml")]
         self._log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
@@ -291,6 +292,11 @@ def missing() -> str:
         names = ", ".join(p.name for p in PROVIDERS)
         return f"VLAC_GGML_PROVIDER={wanted} is not installed (known: {names})"
     return f"no ggml library found: {INSTALL}"
+
+
+def _uses_openmp(directory: Path, cpu_library: str) -> bool:
+    path = directory / cpu_library if cpu_library else library(directory, "ggml-cpu")
+    return path.is_file() and b"GOMP_parallel" in path.read_bytes()
 
 
 # --- trusting ----------------------------------------------------------------------------------------------------

@@ -16,16 +16,14 @@ from typing import Any
 import numpy as np
 
 from vlac.engines.ggml_lib import Ggml, InitParams, Tensor
+from vlac.engines.ggml_plan import FLASH_ROWS, StagePlan, absorbed, gate, ints, split
 from vlac.errors import EngineError, InputError
-from vlac.graph import Node, Param, Stage, infer_stage
-from vlac.ops import OPS, Type
+from vlac.graph import Node
+from vlac.ops import Type
 
 Array = np.ndarray[Any, Any]
 
 F32, F16, I32 = 0, 1, 26
-
-FLASH_ROWS = 64
-"""From this many queries flash attention is faster; below it runs a slow kernel, and matmul + softmax wins."""
 
 KEY_BLOCK = 16
 """tinyBLAS leaves its fast path when the key count is no multiple of this (AVX512; 8 and 4 elsewhere)."""
@@ -33,88 +31,6 @@ KEY_BLOCK = 16
 LOW_F32, LOW_F16 = -1e30, -65504.0
 
 _TENSORS_PER_NODE = 40
-
-# --- what runs where ---------------------------------------------------------------------------------------------
-
-# f32 results that stay on the host when they depend on stage inputs only; other f32 arithmetic goes into the graph
-_HOST_F32 = ("patchify", "time_embedding", "cast", "full")
-
-DECLINES = dict.fromkeys(
-    (
-        *("arange", "full", "cast", "cumsum", "reduce_sum", "repeat_each", "attention_mask"),
-        *("patchify", "time_embedding"),
-    ),
-    "only on values that depend on stage inputs alone, not on results of this stage's network",
-)
-"""Ops without a ggml form: they run on the host, and a program that wants them inside a graph is declined by name."""
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """A stage, sorted: types of all values, nodes for the host and for the graph in order, and readers per value."""
-
-    stage: Stage
-    types: Mapping[str, Type]
-    host: Mapping[str, Node]
-    graph: Mapping[str, Node]
-    readers: Mapping[str, int]
-    depends: Mapping[str, frozenset[str]]
-    """host value -> stage inputs it is computed from."""
-
-    def on_host(self, name: str) -> bool:
-        return name in self.depends
-
-
-def plan_stage(stage: Stage, params: Mapping[str, Param]) -> StagePlan:
-    """Sorts a stage without symbols into host and graph. EngineError names a node that ggml cannot run."""
-    types = infer_stage(stage, params) | {f"@{name}": Type("f32", p.shape) for name, p in params.items()}
-    depends: dict[str, frozenset[str]] = {name: frozenset((name,)) for name, _ in stage.inputs}
-    host: dict[str, Node] = {}
-    rest: dict[str, Node] = {}
-    for node in stage.nodes:
-        known = all(i in depends for i in node.inputs)
-        if known and OPS[node.op].host and (types[node.name].dtype != "f32" or node.op in _HOST_F32):
-            host[node.name] = node
-            depends[node.name] = frozenset().union(*(depends[i] for i in node.inputs))
-        else:
-            rest[node.name] = node
-    graph, readers = _needed(stage, rest)
-    plan = StagePlan(stage, types, host, graph, readers, depends)
-    for node in graph.values():
-        reason = _declined(plan, node)
-        if reason:
-            raise EngineError(
-                f"engine ggml declines stage {stage.name}, {node.name} = {node.op}({', '.join(node.inputs)}): {reason}",
-                remedy="run this artifact with --engine torch",
-            )
-    return plan
-
-
-def _needed(stage: Stage, rest: Mapping[str, Node]) -> tuple[dict[str, Node], dict[str, int]]:
-    """Nodes that an output depends on, in order, and how often each value is read by them."""
-    readers: dict[str, int] = dict.fromkeys(stage.outputs, 1)
-    for node in reversed(list(rest.values())):
-        if node.name in readers:
-            for i in node.inputs:
-                readers[i] = readers.get(i, 0) + 1
-    return {name: node for name, node in rest.items() if name in readers}, readers
-
-
-def _declined(plan: StagePlan, node: Node) -> str:
-    if node.op in DECLINES:
-        return DECLINES[node.op]
-    if node.op not in DRAW:
-        return "this op has no ggml form"
-    if any(len(plan.types[i].shape) > 4 for i in (node.name, *node.inputs) if not i.startswith("@")):
-        return "more than four dimensions"
-    if plan.types[node.name].dtype != "f32":
-        return f"{plan.types[node.name]}: the graph computes f32 only"
-    wants_host = {"embed": (0,), "rope": (1,), "attention": (3,)}.get(node.op, ())
-    for index in wants_host:
-        if index < len(node.inputs) and not plan.on_host(node.inputs[index]):
-            return f"operand {node.inputs[index]} must depend on stage inputs alone"
-    return ""
-
 
 # --- feeds: arrays from the host ---------------------------------------------------------------------------------
 
@@ -234,12 +150,12 @@ class Drawing:
         return tensor if self.lib.is_contiguous(tensor) else self.op("cont", tensor)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return _ints(self.plan.types[name])
+        return ints(self.plan.types[name])
 
     def draw(self) -> dict[str, int]:
         """Draws every needed node; stage outputs that are computed -> tensors without gaps."""
         for node in self.plan.graph.values():
-            if node.name not in self.values and not _absorbed(self.plan, node):
+            if node.name not in self.values and not absorbed(self.plan, node):
                 self.values[node.name] = DRAW[node.op](self, node)
         result = {}
         for name in self.plan.stage.outputs:
@@ -254,15 +170,9 @@ class Drawing:
         return result
 
 
-def _ints(t: Type) -> tuple[int, ...]:
-    shape = tuple(d for d in t.shape if isinstance(d, int))
-    assert len(shape) == len(t.shape), "stages are bound before they are drawn"
-    return shape
-
-
 def ne_of(t: Type) -> tuple[int, ...]:
     """A type's shape as ggml has it: reversed."""
-    return tuple(reversed(_ints(t)))
+    return tuple(reversed(ints(t)))
 
 
 # --- ops ---------------------------------------------------------------------------------------------------------
@@ -299,31 +209,11 @@ def _gelu(d: Drawing, n: Node) -> int:
     return d.op("div", d.op("silu", d.op("mul", x, a)), a)
 
 
-def _gate(plan: StagePlan, n: Node) -> Node | None:
-    """The silu node that a product absorbs (silu(a) * b as one op): read by nobody else, same shape."""
-    silu = plan.graph.get(n.inputs[0]) if n.op == "mul" else None
-    if silu is None or silu.op != "silu" or plan.readers[silu.name] != 1 or n.inputs[1].startswith("@"):
-        return None
-    return silu if plan.types[n.inputs[1]] == plan.types[silu.name] else None
-
-
-def _absorbed(plan: StagePlan, node: Node) -> bool:
-    """Whether the only reader of a node draws it in its own way."""
-    if plan.readers[node.name] != 1 or node.name in plan.stage.outputs:
-        return False
-    if node.op == "silu":
-        return any(_gate(plan, n) is node for n in plan.graph.values() if n.op == "mul" and n.inputs[0] == node.name)
-    if node.op == "concat":
-        readers = (n for n in plan.graph.values() if n.op == "attention" and node.name in n.inputs[1:3])
-        return any(_split(plan, n) is not None for n in readers)
-    return False
-
-
 @_draws("add", "sub", "mul")
 def _binary(d: Drawing, n: Node) -> int:
-    gate = _gate(d.plan, n)
-    if gate is not None:
-        return d.op("swiglu_split", d.value(gate.inputs[0]), d.value(n.inputs[1]))
+    silu = gate(d.plan, n)
+    if silu is not None:
+        return d.op("swiglu_split", d.value(silu.inputs[0]), d.value(n.inputs[1]))
     return d.op(n.op, d.value(n.inputs[0]), d.value(n.inputs[1]))
 
 
@@ -410,7 +300,7 @@ def _tile(d: Drawing, n: Node) -> int:
 @_draws("pixel_shuffle")
 def _pixel_shuffle(d: Drawing, n: Node) -> int:
     """Rows are (Y, dy, X, dx): exchanging dy and X brings the f*C channels of a block's rows together."""
-    rows, width = _ints(d.plan.types[n.name])
+    rows, width = ints(d.plan.types[n.name])
     f = n.attr["factor"]
     grid = math.isqrt(rows)
     x = d.op("reshape_4d", d.dense(d.value(n.inputs[0])), width // f, grid, f, grid)
@@ -427,7 +317,7 @@ def _heads(d: Drawing, tensor: int, heads: int) -> int:
 @_draws("rope")
 def _rope(d: Drawing, n: Node) -> int:
     x, positions = n.inputs
-    rows, width = _ints(d.plan.types[x])
+    rows, width = ints(d.plan.types[x])
     head = n.attr["head_dim"]
     ids = d.feed(positions, "ids", (), I32, (rows,))
     heads = _heads(d, d.value(x), width // head)
@@ -474,21 +364,6 @@ def _tail(a: Array, nq: int, nk: int, pad: int) -> Array:
 LAYOUTS["tail"] = _tail
 
 
-def _split(plan: StagePlan, n: Node) -> tuple[Node, Node] | None:
-    """The two concats (old rows from the host, then new rows) that feed keys and values, if both are like that."""
-    if len(n.inputs) < 4 or _ints(plan.types[n.inputs[0]])[0] >= FLASH_ROWS:
-        return None
-    found = [plan.graph.get(i) for i in n.inputs[1:3]]
-    k, v = found
-    for c in found:
-        if c is None or c.op != "concat" or c.attr["axis"] != 0 or len(c.inputs) != 2 or c.name in plan.stage.outputs:
-            return None
-        if not plan.on_host(c.inputs[0]) or plan.readers[c.name] != 1 or c.inputs[1].startswith("@"):
-            return None
-    assert k is not None and v is not None
-    return (k, v) if plan.types[k.inputs[0]].shape[0] == plan.types[v.inputs[0]].shape[0] else None
-
-
 def _padded(d: Drawing, n: Node, pad: int) -> tuple[int, int, int]:
     """Keys as ne (d, Nk+pad, G), values transposed as (Nk+pad, e, G), and the key index at which the padding lies.
 
@@ -496,10 +371,10 @@ def _padded(d: Drawing, n: Node, pad: int) -> tuple[int, int, int]:
     """
     k, v = n.inputs[1:3]
     groups = n.attr["kv_heads"]
-    split = _split(d.plan, n)
-    if split is not None:
-        old_k, new_k = split[0].inputs
-        old_v, new_v = split[1].inputs
+    joined = split(d.plan, n)
+    if joined is not None:
+        old_k, new_k = joined[0].inputs
+        old_v, new_v = joined[1].inputs
         fresh_k = d.op("cont", d.op("permute", _heads(d, d.value(new_k), groups), 0, 2, 1, 3))
         fresh_v = d.op("cont", d.op("permute", _heads(d, d.value(new_v), groups), 1, 2, 0, 3))
         keys = d.op("concat", _cached(d, old_k, groups, pad, False), fresh_k, 1)
@@ -518,7 +393,7 @@ def _padded(d: Drawing, n: Node, pad: int) -> tuple[int, int, int]:
 
 
 def _cached(d: Drawing, name: str, groups: int, pad: int, transposed: bool) -> int:
-    rows, width = _ints(d.plan.types[name])
+    rows, width = ints(d.plan.types[name])
     rows, width = rows + pad, width // groups
     ne = (rows, width, groups) if transposed else (width, rows, groups)
     return d.feed(name, "transposed" if transposed else "heads_first", (groups, pad), F32, ne)
