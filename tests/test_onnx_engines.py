@@ -147,6 +147,10 @@ def test_missing_graphs_are_named(engine: str, folder: Path) -> None:
     changed = Artifact(**{**vars(artifact), "manifest": manifest})
     with pytest.raises(ArtifactError, match="no graph of stage prefix"):
         get_engine(engine).open(changed)
+    for broken in ([], {"vision": 5}, {"vision": {"portable": 7}}, {"vision": {"portable": "../vision.onnx"}}):
+        changed = Artifact(**{**vars(artifact), "manifest": {**artifact.manifest, "onnx": broken}})
+        with pytest.raises(VlacError, match=r"holds no ONNX graphs|no graph of stage vision|leaves the artifact"):
+            get_engine(engine).open(changed)
     with pytest.raises(EngineError, match="holds no ONNX graphs"):
         get_engine(engine).open(Artifact(**{**vars(artifact), "manifest": {"target": "gguf-q8"}}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -20,20 +21,25 @@ def graph_files(artifact: Artifact, engine: str, form: str) -> dict[str, Path]:
     Raises EngineError for an artifact without ONNX graphs, ArtifactError for a file that is missing or changed.
     """
     table = artifact.manifest.get("onnx")
-    if artifact.container != "folder" or not isinstance(table, dict):
+    if (
+        artifact.container != "folder"
+        or not isinstance(table, dict)
+        or not all(isinstance(row, dict) for row in table.values())
+    ):
         raise EngineError(
             f"{artifact.path} holds no ONNX graphs (target {artifact.manifest.get('target')})",
             remedy="compile with --target onnx-fp32, onnx-fp16, onnx-int8 or onnx-int4, or choose another engine",
         )
-    if engine in artifact.manifest.get("declined", {}):
-        why = "; ".join(f"{op}: {text}" for op, text in artifact.manifest["declined"][engine].items())
+    declined = artifact.manifest.get("declined")
+    if isinstance(declined, dict) and engine in declined:
+        why = json.dumps(declined[engine]).strip("{}").replace('"', "")
         raise EngineError(f"{engine} cannot run {artifact.path}: {why}", remedy="choose another engine")
     single = bool(artifact.manifest.get("single_file"))
     stages = [SINGLE] if single else [s.name for s in artifact.program.stages]
     result: dict[str, Path] = {}
     for stage in stages:
-        row = table.get(stage)
-        name = row.get(form, row.get("portable")) if isinstance(row, dict) else None
+        row = table.get(stage) or {}
+        name = row.get(form, row.get("portable"))
         if not isinstance(name, str):
             raise ArtifactError(f"{artifact.path}/manifest.json: no graph of stage {stage}", remedy="compile again")
         path = artifact.file(name)
