@@ -29,9 +29,7 @@ class VlaExportCommand(BaseOptimumCLICommand):
         import vlac
 
         args = self.args
-        vlac.compile(
-            args.checkpoint, target=args.target, out=args.output, passes=args.passes, stats_key=args.stats_key
-        )
+        vlac.compile(args.checkpoint, target=args.target, out=args.output, passes=args.passes, stats_key=args.stats_key)
         print(f"{args.output}: {args.target}; try `vlac parity {args.output}`")
 
 
