@@ -377,6 +377,12 @@ def test_a_library_that_fails_its_self_test_is_refused_by_name(tmp_path: Path) -
     assert not list(tmp_path.glob("vlac/*.json"))
 
 
+def test_openmp_builds_are_told_not_to_spin(tmp_path: Path) -> None:
+    for code, uses in ((b"..GOMP_parallel..", True), (b"..__kmpc_fork_call..", True), (b"..pthread_create..", False)):
+        ggml_lib.library(tmp_path, "ggml-cpu").write_bytes(code)
+        assert ggml_lib._uses_openmp(tmp_path, "") is uses
+
+
 def test_an_unknown_provider_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLAC_GGML_LIB", raising=False)
     monkeypatch.setenv("VLAC_GGML_PROVIDER", "nobody")

@@ -295,8 +295,10 @@ def missing() -> str:
 
 
 def _uses_openmp(directory: Path, cpu_library: str) -> bool:
+    """Whether the CPU library imports an entry point of gcc's or clang's OpenMP runtime."""
     path = directory / cpu_library if cpu_library else library(directory, "ggml-cpu")
-    return path.is_file() and b"GOMP_parallel" in path.read_bytes()
+    code = path.read_bytes() if path.is_file() else b""
+    return b"GOMP_parallel" in code or b"__kmpc_fork_call" in code
 
 
 # --- trusting ----------------------------------------------------------------------------------------------------
@@ -350,11 +352,19 @@ def check(directory: Path) -> str:
 
 
 def _check_in_subprocess(directory: Path) -> str:
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)])
-    command = [sys.executable, "-m", "vlac.engines.ggml_selftest", str(directory)]
+    root = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(root), *(str(Path(p).resolve()) for p in sys.path if p)])
+    command = [sys.executable, "-m", "vlac.engines.ggml_selftest", str(directory.resolve())]
     try:
         done = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=False
+            # -m looks into the current folder first: let that be ours, not one that happens to hold a "vlac"
+            command,
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineError(f"{directory}: the ggml self-test could not be run: {error}") from None

@@ -156,7 +156,10 @@ class Drawing:
         """Draws every needed node; stage outputs that are computed -> tensors without gaps."""
         for node in self.plan.graph.values():
             if node.name not in self.values and not absorbed(self.plan, node):
-                self.values[node.name] = DRAW[node.op](self, node)
+                tensor = self.values[node.name] = DRAW[node.op](self, node)
+                have, want = tuple(Tensor.from_address(tensor).ne), (*ne_of(self.plan.types[node.name]), 1, 1, 1, 1)[:4]
+                if have != want:
+                    raise EngineError(f"stage {self.plan.stage.name}, {node.name}: ggml has ne {have}, expected {want}")
         result = {}
         for name in self.plan.stage.outputs:
             if name in self.values:

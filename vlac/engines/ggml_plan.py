@@ -96,8 +96,8 @@ def _declined(plan: StagePlan, node: Node, able: Container[str]) -> str:
         return "this op has no ggml form"
     if any(len(plan.types[i].shape) > 4 for i in (node.name, *node.inputs) if not i.startswith("@")):
         return "more than four dimensions"
-    if any(0 in plan.types[i].shape for i in (node.name, *node.inputs)):
-        return "a dimension of 0"
+    if any(min(ints(plan.types[i]), default=1) < 1 for i in (node.name, *node.inputs)):
+        return "a dimension below 1"
     if plan.types[node.name].dtype != "f32":
         return f"{plan.types[node.name]}: the graph computes f32 only"
     wants_host = {"embed": (0,), "rope": (1,), "attention": (3,)}.get(node.op, ())
