@@ -1,0 +1,83 @@
+"""Writes the result tables of README.md from the JSON in benchmarks/results, between their markers.
+
+python scripts/readme_tables.py [--check]     --check: exit code 1 if README.md is not what the JSON says
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table; all columns but the first two to the right."""
+    rule = ["---", "---", *["---:"] * (len(head) - 2)]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
+
+
+def full_size(report: dict[str, Any]) -> list[str]:
+    rows = []
+    for t in report["targets"]:
+        made = [f"{t['artifact_mb']:.0f}", f"{t['compile_s']:.0f}", f"{t['compile_peak_mb'] / 1000:.1f}"]
+        for i, run in enumerate(t["runs"]):
+            first = [t["target"], run["engine"], *made] if i == 0 else ["", run["engine"], "", "", ""]
+            rows.append([*first, f"{run['load_s']:.2f}", f"{run['act_s']:.1f}", f"{run['run_peak_mb']}"])
+    head = ["target", "engine", "file MB", "compile s", "compile peak GB", "load s", "chunk s", "run peak MB"]
+    return [*table(head, rows), "", _made_by(report), f"Load average while measuring: {_loads(report)}."]
+
+
+def _loads(report: dict[str, Any]) -> str:
+    loads = [t["load_average"] for t in report["targets"]]
+    return f"{min(loads):.1f} to {max(loads):.1f} on {report['machine']['cores']} cores"
+
+
+def precision(report: dict[str, Any]) -> list[str]:
+    rows = []
+    for r in report["rows"]:
+        real, lerobot = r["real"], r["lerobot"]["max_relative"]
+        figures = [f"{real['cosine']:.6f}", f"{100 * real['relative_l2']:.2g} %", f"{lerobot:.1e}"]
+        rows.append([r["target"], r["engine"], *figures])
+    head = ["target", "engine", "cosine to fp32", "relative L2 to fp32", "max error / max, to LeRobot"]
+    return [*table(head, rows), "", _made_by(report)]
+
+
+def _made_by(report: dict[str, Any]) -> str:
+    m, v = report["machine"], report["versions"]
+    used = ", ".join(f"{k} {v[k]}" for k in ("onnxruntime", "openvino", "transcribe-cpp-native", "torch"))
+    return f"{report['what']}. `{report['command']}`; {m['cpu']}, {m['cores']} cores; {used}."
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"compile_full_size": full_size, "precision": precision}
+
+
+def filled(text: str) -> str:
+    """README text with every table made anew; a table without its JSON stays as it is."""
+    for name, make in TABLES.items():
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        lines = "\n".join(make(json.loads(path.read_text(encoding="utf-8"))))
+        block = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, count = block.subn(lambda m, lines=lines: f"{m[1]}{lines}\n{m[2]}", text)
+        assert count == 1, f"README.md needs one block of markers for {name}, found {count}"
+    return text
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = filled(old)
+    if "--check" in sys.argv:
+        sys.exit("README.md: run python scripts/readme_tables.py" if new != old else 0)
+    readme.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
