@@ -90,7 +90,7 @@ def main() -> None:
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     report = {
-        "what": "Worst observation; fp32: a 172M policy on SmolLM2-135M's weights; LeRobot: the two tiny golden checkpoints",
+        "what": "Worst observation; fp32: a 172M policy on SmolLM2-135M; LeRobot: the two tiny golden checkpoints",
         "command": "python benchmarks/precision.py",
         "machine": machine(),
         "versions": versions(),

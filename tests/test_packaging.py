@@ -144,3 +144,10 @@ def test_every_extra_and_its_packages_are_pinned() -> None:
     }
     used = [*project["dependencies"], *(d for e in ("compile", "onnx", "openvino", "gguf", "dev") for d in extras[e])]
     assert {d.split(">")[0].split("=")[0].lower().replace("_", "-") for d in used} <= pinned
+
+
+def test_readme_tables_are_what_the_benchmarks_wrote() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "readme_tables.py", "--check"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
