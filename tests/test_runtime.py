@@ -418,7 +418,10 @@ def test_threads_wait_for_one_another() -> None:
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "unknown step": ({"image_steps": (Step("crop"),)}, "io.image_steps|step 'crop' is unknown"),
-    "unknown text step": ({"text_steps": (Step("translate"),)}, "'translate' at place 0 is unknown"),
+    "unknown text step": (
+        {"text_steps": (Step("translate"), Step("tokenise", {"max_length": 4}))},
+        "'translate' is unknown",
+    ),
     "no tokenise": ({"text_steps": (Step("ensure_suffix", {"suffix": "x"}),)}, "tokenise at the end"),
     "text parameters": ({"text_steps": (Step("tokenise", {"max_length": 0}),)}, "wrong parameters"),
     "padding": ({"text_steps": (Step("tokenise", {"max_length": 4, "padding": "left"}),)}, "padding 'left'"),

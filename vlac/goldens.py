@@ -111,10 +111,10 @@ def answer(
             ready = _prepared(policy, program, obs)
             taps: dict[str, NpArray] = {}
             x = execute(program, session, ready.env, ready.symbols, taps=taps)
-            chunk = apply_action_steps(policy.io.action_steps, x)
+            chunk = apply_action_steps(policy.io.action_steps, x, ready.state)
             if not floor:
                 floor = _noise_floor(policy, program, session, ready, taps, chunk)
-            chunk_n = apply_action_steps(policy.io.normalised_action_steps, x)
+            chunk_n = apply_action_steps(policy.io.normalised_action_steps, x, ready.state)
             result.append(dataclasses.replace(obs, chunk=chunk, chunk_normalised=chunk_n, taps=_kept(taps)))
         progress(what, len(observations), len(observations))
     finally:
@@ -159,7 +159,7 @@ def _noise_floor(
     rng = np.random.Generator(np.random.PCG64([7, 7]))
     noise = np.asarray(rng.standard_normal(ready.env["noise"].shape), dtype=np.float32)
     x = execute(tail, session, {**ready.env, **taps, "noise": noise}, ready.symbols)
-    a = apply_action_steps(policy.io.action_steps, x).astype(np.float64).ravel()
+    a = apply_action_steps(policy.io.action_steps, x, ready.state).astype(np.float64).ravel()
     b = chunk.astype(np.float64).ravel()
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     return {

@@ -199,8 +199,8 @@ def _answers(
                 max_relative=max(metrics.max_relative(x, chunks[0]) for x in chunks[1:]),
                 stepwise=metrics.max_relative(stepwise, chunks[0]),
             )
-        result.normalised.append(apply_action_steps(io.normalised_action_steps, chunks[0]))
-        result.chunks.append(apply_action_steps(io.action_steps, chunks[0]))
+        result.normalised.append(apply_action_steps(io.normalised_action_steps, chunks[0], ready.state))
+        result.chunks.append(apply_action_steps(io.action_steps, chunks[0], ready.state))
         result.taps.append({k: np.array(v) for k, v in taps.items()})
     progress(what, total, total)
     return result

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from vlac.errors import InputError
 from vlac.io import Step
 from vlac.runtime.observation import Array, StepFunction, apply_steps, span, statistics
 
@@ -31,10 +32,28 @@ def unnormalise(x: Array, *, mode: str, eps: float = 1e-8, **stats: Any) -> Arra
     return (x + np.float32(1)) / np.float32(2) * width + low
 
 
-ACTION_STEPS: dict[str, StepFunction] = {"take": take, "unnormalise": unnormalise}
+def add_state(x: Array, *, columns: Sequence[int], state: Array | None = None) -> Array:
+    """Actions relative to the robot's present pose: its raw state [state_dim] is added to these columns of x."""
+    if state is None:
+        raise InputError("this policy's actions are relative to the state, and no state is given", remedy="give state=")
+    y = np.array(x)
+    y[:, list(columns)] += state[list(columns)]
+    return y
 
 
-def apply_action_steps(steps: Iterable[Step], chunk: Array) -> Array:
-    """A normalised chunk [N, max_action_dim] -> float32 [N, action_dim], contiguous and the caller's own."""
+ACTION_STEPS: dict[str, StepFunction] = {"take": take, "unnormalise": unnormalise, "add_state": add_state}
+
+
+def needs_state(steps: Iterable[Step]) -> bool:
+    """Whether actions are relative to the state."""
+    return any(s.step == "add_state" for s in steps)
+
+
+def apply_action_steps(steps: Iterable[Step], chunk: Array, state: Array | None = None) -> Array:
+    """A normalised chunk [N, max_action_dim] -> float32 [N, action_dim], contiguous and the caller's own.
+
+    state: the raw state [state_dim], for steps that add it (`Prepared.state`).
+    """
+    given = [Step(s.step, {**s.params, "state": state}) if s.step == "add_state" else s for s in steps]
     with np.errstate(over="ignore"):  # a chunk that is not finite is refused by the session
-        return np.array(apply_steps(ACTION_STEPS, steps, chunk), dtype=np.float32, order="C")
+        return np.array(apply_steps(ACTION_STEPS, given, chunk), dtype=np.float32, order="C")

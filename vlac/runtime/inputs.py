@@ -17,7 +17,9 @@ from vlac.graph import RUNTIME_INPUTS, Program, Repeat
 from vlac.io import IO
 from vlac.ops import DTYPES, Type
 from vlac.runtime import cameras
+from vlac.runtime.actions import needs_state
 from vlac.runtime.observation import STATE_STEPS, Array, apply_steps, finite_vector, preprocess_image
+from vlac.runtime.prompt import reads_state
 from vlac.runtime.tokenizer import encode_task, load_tokenizer, max_prompt_tokens, truncation_notice
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ class Prepared:
     env: dict[str, NpArray]
     symbols: dict[str, int]
     warnings: tuple[str, ...] = ()
+    state: Array | None = None
+    """The state as it was given, f32 [state_dim], for actions that are relative to it."""
 
 
 def runtime_types(program: Program) -> dict[str, Type]:
@@ -92,9 +96,10 @@ def prepare(
     warnings: tuple[str, ...] = ()
     given = cameras.match(io, images)
     slots = cameras.slots(io, tuple(given)) if "camera_valid" in wanted else tuple(given)
+    raw, normalised = _states(io, state, units, "state" in wanted, tokens is None)
     ids: NpArray | None = None
     if "tokens" in wanted:
-        ids, warnings = _prompt(io, tokenizer, task, tokens, mask, strict)
+        ids, warnings = _prompt(io, tokenizer, task, tokens, mask, strict, normalised)
     elif task is not None or tokens is not None or mask is not None:
         raise InputError("this policy reads no text", remedy="leave task, tokens and mask out")
     symbols = _symbols(program, len(slots), 0 if ids is None else len(ids))
@@ -102,16 +107,14 @@ def prepare(
         env.update(_camera_values(io, given, len(slots), _extent(wanted, "image_valid", symbols, len(slots)), wanted))
     if ids is not None:
         env.update(_token_values(ids, _extent(wanted, "tokens", symbols, len(ids))))
-    if "state" in wanted:
-        env["state"] = _state(io, state, units)
-    elif state is not None and np.size(state):
-        raise InputError("this policy reads no state", remedy="leave state out")
+    if "state" in wanted and normalised is not None:
+        env["state"] = normalised
     if "noise" in wanted:
         env["noise"] = _noise(wanted["noise"].shape, noise, seed)
     elif noise is not None:
         raise InputError("this policy samples nothing; it takes no noise", remedy="leave noise out")
     _check(wanted, env, symbols)
-    return Prepared(env, symbols, warnings)
+    return Prepared(env, symbols, warnings, raw)
 
 
 # --- buckets ---------------------------------------------------------------------------------------------------
@@ -191,7 +194,13 @@ def _token_values(ids: NpArray, size: int) -> Iterator[tuple[str, NpArray]]:
 
 
 def _prompt(
-    io: IO, tokenizer: Union[bytes, Tokenizer, None], task: Any, tokens: Any, mask: Any, strict: bool
+    io: IO,
+    tokenizer: Union[bytes, Tokenizer, None],
+    task: Any,
+    tokens: Any,
+    mask: Any,
+    strict: bool,
+    state: Array | None = None,
 ) -> tuple[NpArray, tuple[str, ...]]:
     """The valid token ids i32[n] of a task or of given tokens, and warnings."""
     if task is not None and tokens is not None:
@@ -206,7 +215,7 @@ def _prompt(
         raise InputError("this artifact carries no tokenizer", remedy="give tokens= and mask= instead of task=")
     if isinstance(tokenizer, bytes):
         tokenizer = load_tokenizer(tokenizer)
-    prompt = encode_task(io.text_steps, tokenizer, task, strict=strict)
+    prompt = encode_task(io.text_steps, tokenizer, task, strict=strict, state=state)
     ids = prompt.ids[prompt.valid]
     _check_ids(io, ids, "the tokenizer gives")
     return ids, (truncation_notice(prompt),) if prompt.lost else ()
@@ -255,6 +264,20 @@ def _check_ids(io: IO, ids: NpArray, who: str) -> None:
             f"{who} id {low if low < 0 else high}, the embedding has rows 0..{io.vocab_size - 1}",
             remedy="tokens come from another tokenizer than the policy's",
         )
+
+
+def _states(io: IO, state: Any, units: str, in_network: bool, in_prompt: bool) -> tuple[Array | None, Array | None]:
+    """(raw, normalised) state; (None, None) where neither network, prompt nor actions want it and none is given.
+
+    in_network: the program reads it. in_prompt: the prompt is made from a task, so that it would hold the state.
+    """
+    needed = in_network or needs_state(io.action_steps) or (in_prompt and reads_state(io.text_steps))
+    if needed or (reads_state(io.text_steps) and state is not None):
+        normalised = _state(io, state, units)
+        return np.array(state, dtype=np.float32).reshape(-1), normalised
+    if state is not None and np.size(state):
+        raise InputError("this policy reads no state", remedy="leave state out")
+    return None, None
 
 
 def _state(io: IO, state: Any, units: str) -> Array:

@@ -105,6 +105,11 @@ def affine(x: Array, *, scale: float, offset: float) -> Array:
     return y
 
 
+def clamp(x: Array, *, low: float, high: float) -> Array:
+    """Values below `low` become `low`, above `high` become `high`."""
+    return np.clip(x, np.float32(low), np.float32(high))
+
+
 def span(mode: str, eps: float, stats: Mapping[str, Any]) -> tuple[Array, Array]:
     """(low, D) of the modes that map a range to [-1, 1]: D = high - low, and eps where that is 0."""
     low, high = statistics(mode, stats)
@@ -141,7 +146,12 @@ def pad(x: Array, *, size: int) -> Array:
     return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
 
 
-IMAGE_STEPS: dict[str, StepFunction] = {"resize_with_pad": resize_with_pad, "affine": affine, "normalise": normalise}
+IMAGE_STEPS: dict[str, StepFunction] = {
+    "resize_with_pad": resize_with_pad,
+    "affine": affine,
+    "clamp": clamp,
+    "normalise": normalise,
+}
 STATE_STEPS: dict[str, StepFunction] = {"normalise": normalise, "pad": pad}
 
 

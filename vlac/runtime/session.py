@@ -25,10 +25,12 @@ from vlac.io import IO
 from vlac.runtime.actions import ACTION_STEPS, apply_action_steps
 from vlac.runtime.inputs import Prepared, bind, prepare, resolve_units, runtime_types
 from vlac.runtime.observation import IMAGE_STEPS, STATE_STEPS, Array, apply_steps, check_steps
-from vlac.runtime.schedule import execute, finite_chunk
+from vlac.runtime.schedule import execute, finite_chunk, generated
 from vlac.runtime.tokenizer import check_text_steps, load_tokenizer, max_prompt_tokens
 
 __all__ = ["HParams", "Prepared", "Session", "execute", "load", "prepare"]
+
+NpArray = np.ndarray[Any, Any]
 
 ANY_ARTIFACT = ("torch", "numpy")
 """Engines that run any artifact's program, whether its target lists them or not."""
@@ -138,7 +140,9 @@ def check_io(artifact: Artifact) -> None:
             made = apply_steps(STATE_STEPS, io.state_steps, np.zeros(io.state_dim, np.float32))
             sizes["state"] = (1, *made.shape)
         for steps in (io.action_steps, io.normalised_action_steps):
-            rows = apply_action_steps(steps, np.zeros((1, io.max_action_dim), np.float32))
+            rows = apply_action_steps(
+                steps, np.zeros((1, io.max_action_dim), np.float32), np.zeros(io.state_dim, np.float32)
+            )
             if rows.shape != (1, io.action_dim):
                 raise InputError(f"actions come out with {rows.shape[1]} columns, action_dim is {io.action_dim}")
     except (InputError, ValueError) as error:
@@ -155,6 +159,8 @@ class Session:
         hparams: see HParams. info: engine, versions, threads, as a bench report should name them.
         stats: milliseconds of the last `act`: preprocess_ms, one entry per stage (vision_ms, prefix_ms, flow_ms),
             total_ms; empty before.
+        tokens: the ids that the last `act` generated, i32 [n], up to and with the one that ended it; None before, and
+            for a policy that generates none.
     """
 
     def __init__(
@@ -176,6 +182,7 @@ class Session:
         self._lock = threading.Lock()
         self._noted: tuple[str, ...] = ()
         self.stats: dict[str, float] = {}
+        self.tokens: NpArray | None = None
         self.hparams = _hparams(artifact, chosen.name)
         self.info: dict[str, Any] = {
             **self._engine.info,
@@ -243,11 +250,15 @@ class Session:
                 strict=strict,
             )
             stats = {"preprocess_ms": (time.perf_counter() - started) * 1e3}
-            x = execute(self.artifact.program, self._engine, ready.env, ready.symbols, stats=stats)
+            collected: dict[str, NpArray] = {}
+            x = execute(
+                self.artifact.program, self._engine, ready.env, ready.symbols, stats=stats, collected=collected
+            )
             steps = self.io.action_steps if units == "robot" else self.io.normalised_action_steps
-            chunk = finite_chunk(apply_action_steps(steps, x), self._engine.engine)
+            chunk = finite_chunk(apply_action_steps(steps, x, ready.state), self._engine.engine)
             stats["total_ms"] = (time.perf_counter() - started) * 1e3
             self.stats, self._noted = stats, ready.warnings
+            self.tokens = generated(self.artifact.program, collected)
         for text in ready.warnings:
             python_warnings.warn(text, VlacWarning, stacklevel=2)
         return chunk

@@ -6,7 +6,7 @@ masked, so their value reaches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,20 @@ import numpy.typing as npt
 
 from vlac.errors import ArtifactError, InputError
 from vlac.io import Step
+from vlac.runtime.prompt import State, check_prompt_steps, ensure_suffix, prompt_text
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
+
+__all__ = [
+    "Prompt",
+    "check_text_steps",
+    "encode_task",
+    "ensure_suffix",
+    "load_tokenizer",
+    "max_prompt_tokens",
+    "tokenise",
+]
 
 PADDINGS = ("max_length", "longest", "do_not_pad")
 
@@ -45,11 +56,6 @@ def load_tokenizer(data: bytes, where: str = "tokenizer.json") -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def ensure_suffix(text: str, *, suffix: str) -> str:
-    """`text`, with `suffix` appended unless it ends so already."""
-    return text if text.endswith(suffix) else text + suffix
 
 
 def tokenise(
@@ -96,17 +102,15 @@ def check_text_steps(steps: Iterable[Step], where: str) -> None:
     if not steps:
         return
     for i, step in enumerate(steps):
-        last = i == len(steps) - 1
-        if step.step not in ("ensure_suffix", "tokenise") or (step.step == "tokenise") != last:
+        if (step.step == "tokenise") != (i == len(steps) - 1):
             raise ArtifactError(
-                f"{where}: step {step.step!r} at place {i} is unknown to this vlac; it knows ensure_suffix, and "
-                "tokenise at the end",
+                f"{where}: step {step.step!r} is out of place: there is one tokenise at the end",
                 remedy="update vlac on this machine, or compile again with this version",
             )
-    suffix = [s.params.get("suffix") for s in steps[:-1]]
+    check_prompt_steps(steps[:-1], where)
     length, padding = steps[-1].params.get("max_length"), steps[-1].params.get("padding", "longest")
     extra = set(steps[-1].params) - {"max_length", "padding", "truncation", "add_special_tokens"}
-    if not all(isinstance(s, str) for s in suffix) or not isinstance(length, int) or length < 1 or extra:
+    if not isinstance(length, int) or length < 1 or extra:
         raise ArtifactError(f"{where}: wrong parameters {[dict(s.params) for s in steps]}", remedy="compile again")
     if padding not in PADDINGS:
         raise ArtifactError(f"{where}: padding {padding!r} is none of {', '.join(PADDINGS)}", remedy="compile again")
@@ -117,8 +121,10 @@ def max_prompt_tokens(steps: Iterable[Step]) -> int:
     return next((int(s.params["max_length"]) for s in steps if s.step == "tokenise"), 0)
 
 
-def encode_task(steps: Iterable[Step], tokenizer: Tokenizer, task: Any, *, strict: bool = False) -> Prompt:
-    """An instruction through `IO.text_steps`.
+def encode_task(
+    steps: Iterable[Step], tokenizer: Tokenizer, task: Any, *, strict: bool = False, state: State = None
+) -> Prompt:
+    """An instruction through `IO.text_steps`; `state` is the normalised state, for prompts that hold it.
 
     Raises InputError when it is not text, makes no token, or is too long and strict=True.
     """
@@ -128,13 +134,9 @@ def encode_task(steps: Iterable[Step], tokenizer: Tokenizer, task: Any, *, stric
         task.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(f"task {task!r} is not Unicode text: {error.reason}", remedy="decode it as UTF-8") from None
-    text, prompt = task, None
-    for step in steps:
-        params: Mapping[str, Any] = step.params
-        if step.step == "tokenise":
-            prompt = tokenise(tokenizer, text, **params)
-        else:
-            text = ensure_suffix(text, **params)
+    steps, prompt = tuple(steps), None
+    if steps and steps[-1].step == "tokenise":
+        prompt = tokenise(tokenizer, prompt_text(steps[:-1], task, state), **steps[-1].params)
     if prompt is None or not prompt.valid.any():
         raise InputError(f"task {task!r} makes no token", remedy="give an instruction in words")
     if prompt.lost and strict:
