@@ -21,6 +21,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,7 @@ SIGNATURES: dict[str, str] = {
     "div": "pppp",
     "mul_mat": "pppp",
     "get_rows": "pppp",
+    "set_rows": "ppppp",
     "cast": "pppi",
     "cont": "ppp",
     "transpose": "ppp",
@@ -263,6 +265,13 @@ def cpu_variants(directory: Path) -> list[Path]:
     return sorted(p for p in directory.glob(f"{_SUFFIX[0]}ggml-cpu-*") if p.suffix in (".so", ".dll", ".dylib"))
 
 
+def _spec(module: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None  # something odd of that name is loaded
+
+
 def find() -> list[tuple[Provider, Path]]:
     """Installed providers with their folders, best first; imports nothing and loads nothing."""
     wanted, folder = os.environ.get("VLAC_GGML_PROVIDER", ""), os.environ.get("VLAC_GGML_LIB", "")
@@ -272,7 +281,7 @@ def find() -> list[tuple[Provider, Path]]:
     found = []
     for provider in PROVIDERS:
         if wanted in ("", provider.name):
-            spec = importlib.util.find_spec(provider.module)
+            spec = _spec(provider.module)
             for location in (spec.submodule_search_locations or []) if spec else []:
                 directory = Path(location) / provider.folder
                 if _has_libraries(directory):
