@@ -404,7 +404,7 @@ def test_the_published_450m_shape_is_read_from_headers(tmp_path: Path) -> None:
     text = DecoderSpec(960, 2560, 16, 15, 5, 64, vocab_size=49280)
     spec = dataclasses.replace(
         plain_spec(),
-        vision=VisionSpec(768, 3072, 12, 12, 512, 16),
+        vision=VisionSpec(768, 3072, 12, 12, 512, 16, position_rule="buckets"),
         text=text,
         expert=dataclasses.replace(text, hidden_size=720, intermediate_size=2048, vocab_size=0),
         max_state_dim=32,

@@ -16,7 +16,11 @@ from vlac.errors import Unsupported
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """A ViT tower on square images."""
+    """A ViT tower on square images.
+
+    position_rule says how a smaller grid of patches finds its rows in the table of positions: "table" (one row per
+    patch of the trained grid; a smaller one is resampled) or "buckets" (row floor(i * trained / grid), Idefics3).
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -27,6 +31,7 @@ class VisionSpec:
     num_channels: int = 3
     layer_norm_eps: float = 1e-6
     hidden_act: str = "gelu_pytorch_tanh"
+    position_rule: str = "table"
 
     @property
     def grid(self) -> int:
@@ -52,13 +57,19 @@ class DecoderSpec:
 
 @dataclass(frozen=True)
 class FlowSpec:
-    """A flow-matching sampler: x starts as noise at times[0]=1 and takes len(times) Euler steps of size dts[i]."""
+    """A flow-matching sampler: x starts as noise and the network is evaluated at times[0] = 1, times[1], ...
+
+    solver "euler": x <- x + dts[i] v. Any other name: turn i is row i of `recurrence`, (xx, xm, xv, mx, mm, mv), on x
+    and a memory m that starts as the noise, too: x <- xx x + xm m + xv v and m <- mx x + mm m + mv v, both from the
+    values before; `dts` then only tells the grid.
+    """
 
     times: tuple[float, ...]
     dts: tuple[float, ...]
     min_period: float = 4e-3
     max_period: float = 4.0
     solver: str = "euler"
+    recurrence: tuple[tuple[float, float, float, float, float, float], ...] = ()
 
     @staticmethod
     def euler(num_steps: int, min_period: float = 4e-3, max_period: float = 4.0) -> FlowSpec:

@@ -24,7 +24,7 @@ from vlac.readers.smolvlm import KNOWN_VLMS, Backbone, find_backbone
 from vlac.readers.tokenizer_file import token_id
 from vlac.registry import Family, families
 from vlac.spec import DecoderSpec, FlowSpec, VisionSpec, override
-from vlac.weights import LazyTensor, Weights
+from vlac.weights import Weights
 
 if TYPE_CHECKING:
     from vlac.readers.lerobot import LeRobotCheckpoint
@@ -36,6 +36,10 @@ class SmolVLASpec:
 
     `text` counts the kept VLM layers; `expert` has the same heads and head_dim. Layer i of the expert is a self layer
     (joint attention with the prefix) where `is_self_layer(i)`, else it cross-attends to layer i's keys and values.
+    `expert_pairs` says it for each expert layer instead, (VLM layer, "self" or "cross"), when passes have taken layers
+    out; `kv_taps` are VLM layers of which only the keys and values are left.
+    `expert_pairs` says it for each expert layer instead, (VLM layer, "self" or "cross"), when passes have taken layers
+    out; `kv_taps` are VLM layers of which only the keys and values are left.
     Token ids are those of `<fake_token_around_image>` and `<global-img>`, read only with add_image_special_tokens.
     """
 
@@ -53,6 +57,8 @@ class SmolVLASpec:
     add_image_special_tokens: bool = False
     fake_image_token_id: int = -1
     global_image_token_id: int = -1
+    kv_taps: tuple[int, ...] = ()
+    expert_pairs: tuple[tuple[int, str], ...] = ()
 
     @property
     def tokens_per_camera(self) -> int:
@@ -68,6 +74,18 @@ class SmolVLASpec:
         if "cross" not in self.attention_mode:
             return True
         return self.self_attn_every_n_layers > 0 and i % self.self_attn_every_n_layers == 0
+
+    @property
+    def pairs(self) -> tuple[tuple[int, str], ...]:
+        """For each expert layer the VLM layer whose keys and values it reads, and how: "self" or "cross"."""
+        read = range(0, self.text.num_hidden_layers, self.expert_every)
+        return self.expert_pairs or tuple((i, "self" if self.is_self_layer(i) else "cross") for i in read)
+
+    @property
+    def pairs(self) -> tuple[tuple[int, str], ...]:
+        """For each expert layer the VLM layer whose keys and values it reads, and how: "self" or "cross"."""
+        read = range(0, self.text.num_hidden_layers, self.expert_every)
+        return self.expert_pairs or tuple((i, "self" if self.is_self_layer(i) else "cross") for i in read)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------
@@ -101,11 +119,12 @@ def shapes(spec: SmolVLASpec) -> Shapes:
     result["connector.proj.weight"] = (text.hidden_size, vision.hidden_size * spec.scale_factor**2)
     result["text.embed_tokens.weight"] = (text.vocab_size, text.hidden_size)
     for i in range(text.num_hidden_layers):
-        result |= blocks.decoder_layer_shapes(text, f"text.layers.{i}")
+        of_layer = blocks.kv_tap_shapes if i in spec.kv_taps else blocks.decoder_layer_shapes
+        result |= of_layer(text, f"text.layers.{i}")
     memory = text.num_key_value_heads * text.head_dim
-    for i in range(expert.num_hidden_layers):
-        width = None if spec.is_self_layer(i * spec.expert_every) else memory
-        result |= blocks.decoder_layer_shapes(expert, f"expert.layers.{i}", width)
+    for j, (_, kind) in enumerate(spec.pairs):
+        width = None if kind == "self" else memory
+        result |= blocks.decoder_layer_shapes(expert, f"expert.layers.{j}", width)
     result["expert.norm.weight"] = (expert.hidden_size,)
     result["state_proj.weight"] = (text.hidden_size, spec.max_state_dim)
     result["state_proj.bias"] = (text.hidden_size,)
@@ -122,13 +141,9 @@ def build(policy: Policy) -> Program:
     """
     spec, flow = policy.spec, policy.flow
     assert isinstance(spec, SmolVLASpec) and flow is not None
-    weights = policy.weights.with_(
-        **{
-            "flow.times": LazyTensor.of([[t] for t in flow.times], "flow.times"),
-            "flow.dts": LazyTensor.of([[d] for d in flow.dts], "flow.dts"),
-        }
-    )
-    stages = (_vision(spec), _prefix(spec), _flow(spec, flow))
+    weights = policy.weights.with_(**blocks.flow_tables(flow))
+    flow_stage, carry = _flow(spec, flow)
+    stages = (_vision(spec), _prefix(spec), flow_stage)
     read = {i[1:] for s in stages for n in s.nodes for i in n.inputs if i.startswith("@")}
     program = Program(
         name=policy.family,
@@ -142,7 +157,7 @@ def build(policy: Policy) -> Program:
             (
                 Call("vision", each="camera"),
                 Call("prefix"),
-                Repeat("flow", len(flow.times), "step", (("x_next", "x", "noise"),)),
+                Repeat("flow", len(flow.times), "step", carry),
             ),
             "x_next",
         ),
@@ -206,13 +221,16 @@ def _prefix(spec: SmolVLASpec) -> Stage:
     b.output(valid, blocks.count_valid(b, valid))
     for i in range(text.num_hidden_layers):
         names = (f"prefix_k.{i}", f"prefix_v.{i}")
-        x, k, v = blocks.decoder_layer(b, x, text, f"text.layers.{i}", positions, mask, kv_names=names)
+        if i in spec.kv_taps:
+            k, v = blocks.kv_tap(b, x, text, f"text.layers.{i}", positions, names)
+        else:
+            x, k, v = blocks.decoder_layer(b, x, text, f"text.layers.{i}", positions, mask, kv_names=names)
         b.output(k, v)
     return b.build()
 
 
-def _flow(spec: SmolVLASpec, flow: FlowSpec) -> Stage:
-    """One Euler step: x at time times[step] -> x_next. Actions are causal among themselves in self layers."""
+def _flow(spec: SmolVLASpec, flow: FlowSpec) -> tuple[Stage, tuple[tuple[str, str, str], ...]]:
+    """One solver step, x at time times[step] -> x_next, and its carries. Actions are causal in self layers."""
     b = StageBuilder("flow")
     text, expert, n = spec.text, spec.expert, spec.chunk_size
     rows = symbol("C") * (spec.tokens_per_camera + 3 * spec.add_image_special_tokens) + symbol("T") + 1
@@ -221,7 +239,7 @@ def _flow(spec: SmolVLASpec, flow: FlowSpec) -> Stage:
     x = b.input("x", "f32", n, spec.max_action_dim)
     valid = b.input("prefix_valid", "bool", rows)
     prefix_count = b.input("prefix_count", "i32", 1)
-    read = range(0, text.num_hidden_layers, spec.expert_every)
+    read = dict.fromkeys(i for i, _ in spec.pairs)
     past = {i: (b.input(f"prefix_k.{i}", "f32", rows, kv), b.input(f"prefix_v.{i}", "f32", rows, kv)) for i in read}
     t = b.op("embed", step, "@flow.times")
     h = blocks.action_time_tokens(b, x, t, n, expert.hidden_size, (flow.min_period, flow.max_period))
@@ -233,16 +251,16 @@ def _flow(spec: SmolVLASpec, flow: FlowSpec) -> Stage:
     self_mask = b.op("attention_mask", causal, keys_block, keys_valid, name="self_mask")
     cross_mask = b.op("attention_mask", causal, prefix_block, valid, name="cross_mask")
     behind = b.op("add", own, prefix_count)
-    for j, i in enumerate(read):
+    for j, (i, kind) in enumerate(spec.pairs):
         name = f"expert.layers.{j}"
-        if spec.is_self_layer(i):
+        if kind == "self":
             h, _, _ = blocks.decoder_layer(b, h, expert, name, behind, self_mask, past[i])
         else:
             h = blocks.cross_layer(b, h, expert, name, own, cross_mask, past[i])
     h = blocks.rms_norm(b, h, expert, "expert.norm")
     velocity = blocks.linear(b, h, "action_out_proj", bias=True, as_="velocity")
-    b.output(blocks.euler_step(b, x, velocity, b.op("embed", step, "@flow.dts")))
-    return b.build()
+    carry = blocks.sampler_step(b, x, velocity, step, flow, (n, spec.max_action_dim))
+    return b.build(), carry
 
 
 # --- from LeRobot ----------------------------------------------------------------------------------------------
@@ -321,6 +339,7 @@ def _specs(checkpoint: LeRobotCheckpoint, image_size: int) -> tuple[VisionSpec, 
         num_channels=patch[1],
         layer_norm_eps=backbone.layer_norm_eps,
         hidden_act=backbone.vision_act,
+        position_rule="buckets",  # of fractional coordinates, as SmolVLM's embeddings compute their ids
     )
     if (
         vision.grid**2 != positions
