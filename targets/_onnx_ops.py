@@ -198,6 +198,26 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("And", [sees, e.reshape(valid, e.tmp(out, "valid"), 1, keys)], out)
 
 
+@_emits("argmax")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    wide = e.node("ArgMax", [e(n.inputs[0])], e.tmp(out, "i64"), axis=1, keepdims=0, select_last_index=0)
+    e.cast(wide, out, "i32")
+
+
+@_emits("pick")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    e.node("Gather", [e(i) for i in n.inputs], out, axis=0)
+
+
+@_emits("write_rows")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    x, rows, start = (e(i) for i in n.inputs)
+    count = e.shape(n.inputs[1])[0]
+    first = e.node("Cast", [start], e.tmp(out, "first"), to=onnx_type("INT64"))
+    at = e.node("Add", [e.i64(*range(count)), first], e.tmp(out, "at")) if count > 1 else first
+    e.node("ScatterND", [x, e.reshape(at, e.tmp(out, "indices"), count, 1), rows], out)
+
+
 @_emits("concat")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("Concat", [e(i) for i in n.inputs], out, axis=n.attr["axis"])

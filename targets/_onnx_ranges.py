@@ -51,6 +51,11 @@ def _node_range(node: Node, x: Sequence[Range], types: Mapping[str, Type]) -> Ra
         return int(a["start"]), int(a["stop"]) - 1
     if node.op == "full":
         return int(a["value"]), int(a["value"])
+    if node.op == "argmax":
+        columns = types[node.inputs[0]].shape[1]
+        return (0, columns - 1) if isinstance(columns, int) else None
+    if node.op == "pick":
+        return x[0]
     if any(r is None for r in x) or not x:
         return None
     known = [r for r in x if r is not None]

@@ -14,7 +14,7 @@ import numpy as np
 from vlac.engines.onnx_files import SINGLE
 from vlac.errors import Unsupported
 from vlac.graph import RUNTIME_INPUTS, Call, Program, Repeat, infer_stage
-from vlac.ops import Type
+from vlac.ops import DTYPES, Type
 from vlac.targets._folder import TensorStore
 from vlac.targets._onnx_graph import Graph, graph_names, onnx_type
 from vlac.targets._onnx_ops import StageEmitter, ints
@@ -87,7 +87,9 @@ class _Schedule:
                 self._define(step.stage, made)
         result = self.program.schedule.result
         if result not in self.env:
-            raise Unsupported(f"program {self.program.name}: its result {result} is no output that a Repeat carries")
+            raise Unsupported(
+                f"program {self.program.name}: its result {result} is no output that a Repeat carries or collects"
+            )
         out = self.graph.node("Identity", [self.env[result]], self.graph.unique(result))
         self.graph.save(path, self.program.name, runtime_inputs(self.program), [(out, self.types[result])])
 
@@ -112,7 +114,7 @@ class _Schedule:
             given = g.node("Gather", [self.env["image_valid"], at], g.unique(f"{step.stage}/{i}/given"), axis=0)
             made = self._stage(g, step.stage, {**self.env, "pixels": pixels}, f"{step.stage}/{i}/")
             for name, value in made.items():
-                zero = g.const(np.zeros((), {"f32": np.float32, "i32": np.int32, "bool": np.bool_}[types[name].dtype]))
+                zero = g.const(np.zeros((), DTYPES[types[name].dtype]))
                 parts[name].append(g.node("Where", [given, value, zero], g.unique(f"{value}/or_zero")))
         for name, values in parts.items():
             self.env[name] = g.node("Concat", values, g.unique(f"{step.stage}/{name}"), axis=0)
@@ -120,7 +122,8 @@ class _Schedule:
             self.types[name] = Type(types[name].dtype, (shape[0] * slots, *shape[1:]))
 
     def _repeat(self, step: Repeat) -> None:
-        """Loop(times, true, carries...): the body counts in int64, the stage's index is i32[1]."""
+        """Loop(times, true, carries..., buffers...): a value that is collected is written into its rows of a buffer of
+        zeros, so that shapes stay static when the loop ends early."""
         g, body = self.graph, self.graph.body()
         types = infer_stage(self.program.stage(step.stage), self.program.params)
         turn, keep = g.unique(f"{step.stage}/turn"), g.unique(f"{step.stage}/keep")
@@ -129,12 +132,40 @@ class _Schedule:
         index = g.unique(f"{step.stage}/{step.index}")
         env[step.index] = body.node("Reshape", [narrow, g.const((1,), np.int64)], index)
         made = self._stage(body, step.stage, env, f"{step.stage}/")
-        again = body.node("Identity", [keep], g.unique(f"{step.stage}/again"))
-        carried = [(env[into], types[into]) for _, into, _ in step.carry]
+        inputs = [(env[into], types[into]) for _, into, _ in step.carry]
         results = [(made[out], types[out]) for out, _, _ in step.carry]
-        proto = body.loop_body(f"{step.stage}", turn, keep, carried, again, results)
-        outs = [g.unique(f"{step.stage}/{out}/last") for out, _, _ in step.carry]
-        start = [g.const(step.times, np.int64), g.const(True), *(self.env[first] for _, _, first in step.carry)]
-        g.node("Loop", start, outs, body=proto)
-        for (out, _, _), name in zip(step.carry, outs, strict=True):
-            self.env[out], self.types[out] = name, types[out]
+        start = [self.env[first] for _, _, first in step.carry]
+        for out, name in step.collect:
+            rows, *rest = ints(types[out])
+            whole = Type(types[out].dtype, (rows * step.times, *rest))
+            before = g.unique(f"{step.stage}/{name}/before")
+            inputs.append((before, whole))
+            results.append((self._write(body, before, made[out], turn, rows), whole))
+            start.append(g.const(np.zeros(ints(whole), DTYPES[whole.dtype])))
+        again = self._again(body, step, keep, made)
+        proto = body.loop_body(step.stage, turn, keep, inputs, again, results)
+        names = [*(out for out, _, _ in step.carry), *(name for _, name in step.collect)]
+        outs = [g.unique(f"{step.stage}/{name}/last") for name in names]
+        g.node("Loop", [g.const(step.times, np.int64), g.const(True), *start], outs, body=proto)
+        for name, out, (_, t) in zip(names, outs, results, strict=True):
+            self.env[name], self.types[name] = out, t
+
+    def _write(self, body: Graph, buffer: str, value: str, turn: str, rows: int) -> str:
+        """`buffer` with `value` in rows turn * rows, ..., (turn + 1) * rows - 1."""
+        g = self.graph
+        first = body.node("Mul", [turn, g.const(rows, np.int64)], g.unique(f"{buffer}/first"))
+        column = g.const(np.arange(rows, dtype=np.int64)[:, None])
+        at = body.node("Add", [column, first], g.unique(f"{buffer}/rows"))
+        return body.node("ScatterND", [buffer, at, value], g.unique(f"{buffer}/after"))
+
+    def _again(self, body: Graph, step: Repeat, keep: str, made: Mapping[str, str]) -> str:
+        """Scalar bool: whether another turn follows."""
+        g = self.graph
+        if not step.until:
+            return body.node("Identity", [keep], g.unique(f"{step.stage}/again"))
+        ids = g.const(step.stop, np.int32)
+        equal = body.node("Equal", [made[step.until], ids], g.unique(f"{step.stage}/equal"))
+        hits = body.node("Cast", [equal], g.unique(f"{step.stage}/hits"), to=onnx_type("INT32"))
+        axes = g.const((0,), np.int64)
+        found = body.node("ReduceMax", [hits, axes], g.unique(f"{step.stage}/found"), keepdims=0)
+        return body.node("Equal", [found, g.const(0, np.int32)], g.unique(f"{step.stage}/again"))

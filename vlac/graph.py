@@ -89,17 +89,26 @@ class Call:
 @dataclass(frozen=True)
 class Repeat:
     """Run a stage `times` times. `index` names its i32[1] input that counts 0, 1, ...; `carry` is (output, input,
-    initial value's name): the output of one turn is the input of the next."""
+    initial value's name): the output of one turn is the input of the next.
+
+    collect: (output, name): the output of every turn, joined along axis 0, becomes the value `name`.
+    until, stop: the loop ends after the turn in which the output `until`, i32[1], is one of `stop`; what is collected
+    holds zeros for the turns that were not run.
+    """
 
     stage: str
     times: int
     index: str
     carry: tuple[tuple[str, str, str], ...]
+    collect: tuple[tuple[str, str], ...] = ()
+    until: str = ""
+    stop: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How stages make a chunk; `result` names the value that is the normalised chunk f32[N, A]."""
+    """How stages make a chunk; `result` names the value that is the normalised chunk f32[N, A], or action tokens
+    i32[N], which reach the action steps as one row of numbers."""
 
     steps: tuple[Union[Call, Repeat], ...]
     result: str
@@ -238,6 +247,8 @@ def check(program: Program) -> Program:
                 raise ProgramError(f"stage {stage.name}: input {name} is {have}, stage wants {want}")
         for out in stage.outputs:
             known[out] = _given(program, step, outputs[stage.name][out])
+        if isinstance(step, Repeat):
+            known.update(_collected(step, stage, outputs[stage.name], known))
     if program.schedule.result not in known:
         raise ProgramError(f"schedule returns {program.schedule.result}, which nothing defines")
     return program
@@ -254,6 +265,25 @@ def _check_repeat(step: Repeat, stage: Stage, types: Mapping[str, Type], known: 
         if initial not in known:
             raise ProgramError(f"stage {stage.name}: initial value {initial} of {into} is not defined")
     return {step.index, *(into for _, into, _ in step.carry)}
+
+
+def _collected(
+    step: Repeat, stage: Stage, types: Mapping[str, Type], known: Mapping[str, Type | None]
+) -> dict[str, Type]:
+    """Types of what a repetition gathers, by name; ProgramError where it gathers or stops by what is not made."""
+    result: dict[str, Type] = {}
+    for out, name in step.collect:
+        if out not in stage.outputs or not types[out].shape:
+            raise ProgramError(f"stage {stage.name}: collects {out}, which is no output with rows")
+        if name in known or name in result:
+            raise ProgramError(f"stage {stage.name}: {name} is collected, and defined elsewhere")
+        rows, *rest = types[out].shape
+        result[name] = Type(types[out].dtype, (rows * step.times, *rest))
+    if bool(step.until) != bool(step.stop):
+        raise ProgramError(f"stage {stage.name}: an output to stop by and the ids to stop at go together")
+    if step.until and (step.until not in stage.outputs or types[step.until] != Type("i32", (1,))):
+        raise ProgramError(f"stage {stage.name}: stops by {step.until}, which is no output i32[1]")
+    return result
 
 
 def _given(program: Program, step: Call | Repeat, t: Type) -> Type | None:
@@ -353,7 +383,12 @@ def print_program(program: Program, stages: Sequence[str] | None = None) -> str:
             lines.append(f"  call {step.stage}" + (f" each {step.each}" if step.each else ""))
         else:
             carry = ", ".join(f"{i}={o} from {start}" for o, i, start in step.carry)
-            lines.append(f"  repeat {step.times} {step.stage} index {step.index} carry {carry}")
+            collect = ", ".join(f"{name}={out}" for out, name in step.collect)
+            lines.append(
+                f"  repeat {step.times} {step.stage} index {step.index} carry {carry}"
+                + (f" collect {collect}" if step.collect else "")
+                + (f" until {step.until} in {', '.join(map(str, step.stop))}" if step.until else "")
+            )
     lines.append(f"  result {program.schedule.result}")
     return "\n".join(lines) + "\n"
 
@@ -365,7 +400,10 @@ _NODE = re.compile(rf"({_NAME}) = (\w+)\(([^)]*)\)(?: \{{(.*)\}})? : (\w+\[[^\]]
 _STAGE = re.compile(r"stage (\w+) \((.*)\)")
 _PARAM = re.compile(rf"({_NAME}) : (\w+)\[([\d,]*)\]")
 _CALL = re.compile(r"call (\w+)(?: each (\w+))?")
-_REPEAT = re.compile(rf"repeat (\d+) (\w+) index ({_NAME}) carry (.*)")
+_REPEAT = re.compile(
+    rf"repeat (\d+) (\w+) index ({_NAME}) carry (.*?)(?: collect (.*?))?(?: until ({_NAME}) in ([\d, ]+))?"
+)
+_COLLECT = re.compile(rf"({_NAME})=({_NAME})")
 _CARRY = re.compile(rf"({_NAME})=({_NAME}) from ({_NAME})")
 
 
@@ -485,9 +523,20 @@ class _Parser:
             self.steps.append(Call(m[1], m[2] or ""))
         elif m := _REPEAT.fullmatch(line):
             carry = [_CARRY.fullmatch(part) for part in _split_top(m[4])]
-            if any(c is None for c in carry):
+            collect = [_COLLECT.fullmatch(part) for part in _split_top(m[5] or "")]
+            if any(c is None for c in (*carry, *collect)):
                 raise ProgramError("cannot read the carries")
-            self.steps.append(Repeat(m[2], int(m[1]), m[3], tuple((c[2], c[1], c[3]) for c in carry if c)))
+            self.steps.append(
+                Repeat(
+                    m[2],
+                    int(m[1]),
+                    m[3],
+                    tuple((c[2], c[1], c[3]) for c in carry if c),
+                    tuple((c[2], c[1]) for c in collect if c),
+                    m[6] or "",
+                    tuple(int(i) for i in (m[7] or "").split(",") if i.strip()),
+                )
+            )
         elif m := re.fullmatch(rf"result ({_NAME})", line):
             self.result = m[1]
         else:

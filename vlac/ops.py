@@ -261,6 +261,27 @@ def _index_vector(t: Sequence[Type], a: Attrs) -> Type:
     return _vector(t, a)
 
 
+def _argmax(t: Sequence[Type], a: Attrs) -> Type:
+    x = t[0]
+    _need(x.dtype == "f32" and len(x.shape) == 2, f"argmax of {x}")
+    return Type("i32", (x.shape[0],))
+
+
+def _pick(t: Sequence[Type], a: Attrs) -> Type:
+    x, index = t
+    _need(len(x.shape) == 1 and index == Type("i32", (1,)), f"pick({x}, {index})")
+    return Type(x.dtype, (1,))
+
+
+def _write_rows(t: Sequence[Type], a: Attrs) -> Type:
+    x, rows, start = t
+    _need(x.dtype == rows.dtype == "f32" and len(x.shape) == len(rows.shape) == 2, f"write_rows({x}, {rows})")
+    _need(x.shape[1] == rows.shape[1] and start == Type("i32", (1,)), f"write_rows({x}, {rows}, {start})")
+    if isinstance(x.shape[0], int) and isinstance(rows.shape[0], int):
+        _need(rows.shape[0] <= x.shape[0], f"write_rows: {rows} into {x}")
+    return x
+
+
 def _repeat_each(t: Sequence[Type], a: Attrs) -> Type:
     x = _vector(t, a)
     return Type(x.dtype, (x.shape[0] * a["times"],))
@@ -320,6 +341,18 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     return (kb[None, :] <= qb[:, None]) & kv[None, :]
 
 
+@_op("argmax", "x", _argmax, host=True)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Column of the largest entry of every row [N, V] -> i32 [N]; the lowest column where several are equal."""
+    return np.argmax(x[0], axis=1).astype(np.int32)
+
+
+@_op("pick", "x index", _pick, host=True)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """The entry x[index] of a vector [N], as a vector of one; index i32[1] lies in 0..N-1."""
+    return np.asarray(x[0][x[1]])
+
+
 # --- layout ----------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +390,14 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     """A tensor whose first axis is 1, repeated along it `rows` times."""
     return np.repeat(x[0], a["rows"], axis=0)
+
+
+@_op("write_rows", "x rows start", _write_rows)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """x [M, W] with `rows` [n, W] in place of its rows start, ..., start+n-1; start i32[1] lies in 0..M-n."""
+    result: NpArray = np.array(x[0])
+    result[int(x[2][0]) + np.arange(x[1].shape[0])] = x[1]
+    return result
 
 
 @_op("patchify", "pixels", _patchify, host=True, patch="int", block="int")

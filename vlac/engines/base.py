@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,16 @@ class EngineSession(ABC):
         for _, into, initial in step.carry:
             env[into] = inputs[initial]
         out: dict[str, NpArray] = {}
+        turns: list[dict[str, NpArray]] = []
         for i in range(step.times):
             env[step.index] = np.array([i], dtype=np.int32)
             out = self.run(step.stage, env, symbols)
+            turns.append({name: out[name] for name, _ in step.collect})
             for name, into, _ in step.carry:
                 env[into] = out[name]
-        return out
+            if step.until and int(out[step.until][0]) in step.stop:
+                break
+        return {**out, **gathered(step, turns)}
 
     def run_all(self, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray] | None:
         """The whole schedule at once, for artifacts that are one graph: {result's name: normalised chunk}; None where
@@ -53,6 +57,15 @@ class EngineSession(ABC):
     def close(self) -> None:
         """Frees native memory; the session cannot be used afterwards. Engines with nothing to free inherit this."""
         self.info = {}
+
+
+def gathered(step: Repeat, turns: Sequence[Mapping[str, NpArray]]) -> dict[str, NpArray]:
+    """What `step.collect` asks for: its outputs of the turns that were run joined along axis 0, zeros for the rest."""
+    missing = step.times - len(turns)
+    return {
+        name: np.concatenate([t[out] for t in turns] + [np.zeros_like(turns[0][out])] * missing, axis=0)
+        for out, name in step.collect
+    }
 
 
 class Engine(ABC):

@@ -142,7 +142,11 @@ class StageGraph:
             status = self.lib.backend_graph_compute(self.backend, self._graph)
             if status != 0:
                 raise EngineError(f"stage {self.plan.stage.name}: ggml stopped with status {status}")
-        return {name: self._output(name) for name in self.plan.stage.outputs}
+        result = {name: self._output(name) for name in self.plan.stage.outputs if name not in self.plan.after}
+        for name, node in self.plan.after.items():
+            operands = [result[i] if i in result else self._output(i) for i in node.inputs]
+            result[name] = OPS[node.op].reference(operands, node.attr)
+        return {name: result[name] for name in self.plan.stage.outputs}
 
     def _take(self, inputs: Values, fresh: bool) -> set[str]:
         """Remembers new inputs, evaluates the host nodes that depend on them; names of the inputs that changed."""

@@ -23,7 +23,7 @@ from vlac.ops import Type
 
 Array = np.ndarray[Any, Any]
 
-F32, F16, I32 = 0, 1, 26
+F32, F16, I32, I64 = 0, 1, 26, 27
 
 KEY_BLOCK = 16
 """tinyBLAS leaves its fast path when the key count is no multiple of this (AVX512; 8 and 4 elsewhere)."""
@@ -66,7 +66,16 @@ def _transposed(a: Array, groups: int, pad: int) -> Array:
     return np.pad(v, ((0, 0), (0, 0), (0, pad)))
 
 
+def _row_range(a: Array, count: int, limit: int) -> Array:
+    """start, ..., start + count - 1 as int64; ggml aborts the process on a row outside."""
+    first = int(a[0])
+    if first < 0 or first + count > limit:
+        raise InputError(f"rows {first}..{first + count - 1} of {limit}")
+    return np.arange(first, first + count, dtype=np.int64)
+
+
 LAYOUTS: dict[str, Callable[..., Array]] = {
+    "row_range": _row_range,
     "plain": _plain,
     "ids": _ids,
     "additive": _additive,
@@ -161,7 +170,8 @@ class Drawing:
                 if have != want:
                     raise EngineError(f"stage {self.plan.stage.name}, {node.name}: ggml has ne {have}, expected {want}")
         result = {}
-        for name in self.plan.stage.outputs:
+        wanted = (*self.plan.stage.outputs, *(i for n in self.plan.after.values() for i in n.inputs))
+        for name in dict.fromkeys(wanted):
             if name in self.values:
                 tensor = self.dense(self.values[name])
                 result[name] = tensor
@@ -261,6 +271,15 @@ def _concat(d: Drawing, n: Node) -> int:
     for name in n.inputs[1:]:
         y = d.op("concat", y, d.value(name), dim)
     return y
+
+
+@_draws("write_rows")
+def _write_rows(d: Drawing, n: Node) -> int:
+    """Rows set in a copy: what the host fed stays as it is for the next run."""
+    x, rows, start = n.inputs
+    height, count = d.shape(x)[0], d.shape(rows)[0]
+    at = d.feed(start, "row_range", (count, height), I64, (count,))
+    return d.op("set_rows", d.op("cont", d.value(x)), d.dense(d.value(rows)), at)
 
 
 @_draws("slice")

@@ -31,7 +31,7 @@ _HOST_F32 = ("patchify", "time_embedding", "cast", "full")
 DECLINES = dict.fromkeys(
     (
         *("arange", "full", "cast", "cumsum", "reduce_sum", "repeat_each", "attention_mask"),
-        *("patchify", "time_embedding"),
+        *("patchify", "time_embedding", "pick", "argmax"),
     ),
     "only on values that depend on stage inputs alone, not on results of this stage's network",
 )
@@ -49,6 +49,8 @@ class StagePlan:
     readers: Mapping[str, int]
     depends: Mapping[str, frozenset[str]]
     """host value -> stage inputs it is computed from."""
+    after: Mapping[str, Node]
+    """outputs that the host computes from results of the graph, when it has run."""
 
     def on_host(self, name: str) -> bool:
         return name in self.depends
@@ -68,7 +70,9 @@ def plan_stage(stage: Stage, params: Mapping[str, Param], able: Container[str]) 
         else:
             rest[node.name] = node
     graph, readers = _needed(stage, rest)
-    plan = StagePlan(stage, types, host, graph, readers, depends)
+    after = {name: n for name, n in graph.items() if n.op == "argmax" and readers[name] == 1 and name in stage.outputs}
+    graph = {name: n for name, n in graph.items() if name not in after}
+    plan = StagePlan(stage, types, host, graph, readers, depends, after)
     for node in graph.values():
         reason = _declined(plan, node, able)
         if reason:
@@ -100,7 +104,7 @@ def _declined(plan: StagePlan, node: Node, able: Container[str]) -> str:
         return "a dimension below 1"
     if plan.types[node.name].dtype != "f32":
         return f"{plan.types[node.name]}: the graph computes f32 only"
-    wants_host = {"embed": (0,), "rope": (1,), "attention": (3,)}.get(node.op, ())
+    wants_host = {"embed": (0,), "rope": (1,), "attention": (3,), "write_rows": (2,)}.get(node.op, ())
     for index in wants_host:
         if index < len(node.inputs) and not plan.on_host(node.inputs[index]):
             return f"operand {node.inputs[index]} must depend on stage inputs alone"

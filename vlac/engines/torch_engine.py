@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vlac.artifact import Artifact
-from vlac.engines.base import Engine, EngineSession, NpArray, Values
+from vlac.engines.base import Engine, EngineSession, NpArray, Values, gathered
 from vlac.errors import EngineError
 from vlac.graph import Node, Program, Repeat
 
@@ -48,6 +48,8 @@ def _index_ops(torch: Any, dtypes: Mapping[str, Any], device: Any) -> dict[str, 
         "reduce_sum": lambda x, a: x[0].sum(dtype=i32).reshape(1),
         "repeat_each": lambda x, a: torch.repeat_interleave(x[0], a["times"]),
         "attention_mask": lambda x, a: (x[1][None, :] <= x[0][:, None]) & x[2][None, :],
+        "argmax": lambda x, a: x[0].argmax(dim=1).to(i32),
+        "pick": lambda x, a: x[0].index_select(0, x[1]),
     }
 
 
@@ -56,6 +58,10 @@ def _layout_ops(torch: Any) -> dict[str, TorchOp]:
 
     def pad(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
         return torch.nn.functional.pad(x[0], (0, a["size"] - x[0].shape[-1]))
+
+    def write_rows(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
+        at = x[2] + torch.arange(x[1].shape[0], device=x[0].device)
+        return x[0].index_copy(0, at.to(torch.int64), x[1])
 
     def patchify(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
         c, s, _ = x[0].shape
@@ -77,6 +83,7 @@ def _layout_ops(torch: Any) -> dict[str, TorchOp]:
         "transpose": lambda x, a: x[0].permute(tuple(a["perm"])),
         "pad": pad,
         "tile": lambda x, a: x[0].expand(a["rows"], *x[0].shape[1:]),
+        "write_rows": write_rows,
         "patchify": patchify,
         "pixel_shuffle": pixel_shuffle,
     }
@@ -231,11 +238,15 @@ class TorchSession(EngineSession):
             env = {name: self._tensor(inputs[name]) for name, _ in s.inputs if name not in own}
             env.update({into: self._tensor(inputs[initial]) for _, into, initial in step.carry})
             out: dict[str, Tensor] = {}
+            turns: list[dict[str, Tensor]] = []
             for i in range(step.times):
                 env[step.index] = self._tensor(np.array([i], dtype=np.int32))
                 out = self._run(step.stage, env, symbols)
                 env.update({into: out[name] for name, into, _ in step.carry})
-            return self._download(out)
+                turns.append({name: out[name] for name, _ in step.collect})
+                if step.until and int(out[step.until][0]) in step.stop:
+                    break
+            return {**self._download(out), **gathered(step, [self._download(t) for t in turns])}
 
     def close(self) -> None:
         self._weights.clear()
@@ -376,13 +387,18 @@ class TorchEngine(Engine):
     def open(
         self, artifact: Artifact, *, threads: int | None = None, options: Mapping[str, Any] | None = None
     ) -> EngineSession:
-        """Options: device ("cpu", "cuda"), dtype ("f32", "f64")."""
+        """Options: device ("cpu", "cuda"), dtype ("f32", "f64"), linear ("nf4", "fp4": see bitsandbytes_linear.py)."""
         if why := self.missing():
             raise EngineError(f"engine torch: {why}", remedy="pip install torch")
-        unknown = set(options or {}) - {"device", "dtype"}
+        given = dict(options or {})
+        unknown = set(given) - {"device", "dtype", "linear"}
         if unknown:
-            raise EngineError(f"engine torch: unknown option {sorted(unknown)[0]!r}; there are device, dtype")
-        return TorchSession(artifact.program, lambda name: artifact.tensors[name].decode(), threads, **(options or {}))
+            raise EngineError(f"engine torch: unknown option {sorted(unknown)[0]!r}; there are device, dtype, linear")
+        if "linear" in given:
+            from vlac.engines.bitsandbytes_linear import BitsandbytesSession
+
+            return BitsandbytesSession(artifact, given.pop("linear"), threads, **given)
+        return TorchSession(artifact.program, lambda name: artifact.tensors[name].decode(), threads, **given)
 
 
 ENGINE = TorchEngine()

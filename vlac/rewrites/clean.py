@@ -84,8 +84,13 @@ def _bound(step: Call | Repeat) -> set[str]:
 
 def _live(stage: StageDraft, step: Call | Repeat, wanted: set[str]) -> tuple[list[str], list[Node]]:
     """Outputs and nodes that must stay; a loop that is read keeps its carried outputs, one that is not loses all."""
-    carried = {out for out, _, _ in step.carry} if isinstance(step, Repeat) else set()
-    read = any(o in wanted for o in stage.outputs)
+    carried: set[str] = set()
+    made = set(stage.outputs)
+    if isinstance(step, Repeat):
+        # what is collected is kept whether the schedule reads it or not: it was asked for by name
+        carried = {out for out, _, _ in step.carry} | {out for out, _ in step.collect} | {step.until}
+        made |= {name for _, name in step.collect}
+    read = any(o in wanted for o in made)
     outputs = [o for o in stage.outputs if read and (o in wanted or o in carried)]
     need, kept = set(outputs), []
     for n in reversed(stage.nodes):

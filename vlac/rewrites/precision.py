@@ -35,7 +35,9 @@ def roles(program: Program) -> dict[str, str]:
         steps = [s for s in program.schedule.steps if isinstance(s, Repeat) and s.stage == stage.name]
         into = {"state", *(i for s in steps for _, i, _ in s.carry)}
         raw = _forward(stage.nodes, into, PASSES_ALONG)
-        ids = _forward(stage.nodes, {"tokens"}, MOVES_IDS)
+        # a carried id (the token that the last turn chose) picks rows of the same table as the prompt's
+        carried = {i for i, t in stage.inputs if i in into and t.dtype == "i32"}
+        ids = _forward(stage.nodes, {"tokens", *carried}, MOVES_IDS)
         velocity = _backward(stage.nodes, {out for s in steps for out, _, _ in s.carry})
         for n in stage.nodes:
             for k, i in enumerate(n.inputs):

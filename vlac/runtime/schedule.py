@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vlac.engines.base import EngineSession
+from vlac.engines.base import EngineSession, gathered
 from vlac.errors import ArtifactError, EngineError
 from vlac.graph import Call, Program, Repeat, Stage
 from vlac.ops import DTYPES
@@ -27,6 +27,7 @@ def execute(
     symbols: Mapping[str, int],
     taps: Taps | None = None,
     stats: Stats | None = None,
+    collected: Taps | None = None,
 ) -> Array:
     """The normalised chunk f32 [N, A] of one prepared observation.
 
@@ -35,6 +36,8 @@ def execute(
         taps: if given, collects the outputs of every stage by name, and the carried value of a repeated stage after
             each turn ("x_after_step0", ...).
         stats: if given, collects milliseconds per stage ("vision_ms": all cameras together, ...).
+        collected: if given, receives what a Repeat collects over its turns, by name; of an artifact that is one graph
+            only its result.
 
     An artifact that is one graph (`EngineSession.run_all`) has only its result to tap, and one time, "model_ms".
 
@@ -49,6 +52,9 @@ def execute(
         _note(stats, "model", started)
         if taps is not None:
             taps.update(whole)
+        if collected is not None:
+            names = {name for s in program.schedule.steps if isinstance(s, Repeat) for _, name in s.collect}
+            collected.update({k: v for k, v in whole.items() if k in names})
         return finite_chunk(whole[program.schedule.result], engine.engine)
     for step in program.schedule.steps:
         started = time.perf_counter()
@@ -57,7 +63,20 @@ def execute(
         values.update(out)
         if taps is not None:
             taps.update(out)
+        if collected is not None and isinstance(step, Repeat):
+            collected.update({name: out[name] for _, name in step.collect})
     return finite_chunk(values[program.schedule.result], engine.engine)
+
+
+def generated(program: Program, collected: Mapping[str, NpArray]) -> NpArray | None:
+    """The ids that a Repeat generated, i32 [n], up to and with the one that ended it; None where it collects no ids."""
+    for step in program.schedule.steps:
+        for out, name in step.collect if isinstance(step, Repeat) else ():
+            ids = collected.get(name)
+            if ids is not None and ids.dtype == np.int32 and ids.ndim == 1:
+                ended = np.isin(ids, step.stop if isinstance(step, Repeat) and out == step.until else ())
+                return np.array(ids[: int(ended.argmax()) + 1] if ended.any() else ids)
+    return None
 
 
 def _note(stats: Stats | None, stage: str, started: float) -> None:
@@ -84,7 +103,8 @@ def _run_step(
 
 
 def finite_chunk(chunk: NpArray, engine: str) -> Array:
-    """The chunk as float32 [N, A]; EngineError when it has another rank or holds NaN or Inf."""
+    """The chunk as float32 [N, A], tokens [N] as [1, N]; EngineError when it has another rank or holds NaN or Inf."""
+    chunk = chunk[None] if chunk.ndim == 1 else chunk
     if chunk.ndim != 2:
         raise EngineError(f"engine {engine} returned a chunk of shape {list(chunk.shape)}, expected [N, A]")
     bad = chunk.size - int(np.count_nonzero(np.isfinite(chunk)))
@@ -162,11 +182,15 @@ def _repeat(
         inputs.update({initial: values[initial] for _, _, initial in step.carry})
         return engine.repeat(step, inputs, symbols)
     out: dict[str, NpArray] = {}
+    turns: list[dict[str, NpArray]] = []
     inputs.update(start)
     for i in range(step.times):
         inputs = {**inputs, step.index: np.array([i], dtype=np.int32)}
         out = engine.run(stage.name, inputs, symbols)
+        turns.append({name: out[name] for name, _ in step.collect})
         for name, into, _ in step.carry:
             inputs[into] = out[name]
             taps[f"{into}_after_step{i}"] = np.array(out[name])
-    return out
+        if step.until and int(out[step.until][0]) in step.stop:
+            break
+    return {**out, **gathered(step, turns)}
