@@ -176,21 +176,6 @@ def kv_tap_shapes(spec: DecoderSpec, name: str) -> Shapes:
     return {n: layer[n] for n in layer if n.endswith((".input_layernorm.weight", ".k_proj.weight", ".v_proj.weight"))}
 
 
-def kv_tap(
-    b: StageBuilder, x: str, spec: DecoderSpec, name: str, positions: str, kv_names: tuple[str, str] = ("", "")
-) -> tuple[str, str]:
-    """(rotated keys, values) of a layer that is otherwise left out: its norm and projections on the hidden state x."""
-    h = rms_norm(b, x, spec, f"{name}.input_layernorm")
-    k = rotary(b, linear(b, h, f"{name}.self_attn.k_proj"), positions, spec, as_=kv_names[0])
-    return k, linear(b, h, f"{name}.self_attn.v_proj", as_=kv_names[1])
-
-
-def kv_tap_shapes(spec: DecoderSpec, name: str) -> Shapes:
-    """Weights of `kv_tap`."""
-    layer = decoder_layer_shapes(spec, name)
-    return {n: layer[n] for n in layer if n.endswith((".input_layernorm.weight", ".k_proj.weight", ".v_proj.weight"))}
-
-
 def cross_layer(
     b: StageBuilder,
     x: str,
@@ -303,47 +288,6 @@ def sampler_step(
             if len(terms) > 1
             else b.op("scale", *terms, factor=1.0, name=name)
         )
-
-    b.output(mixed(0, "x_next"))
-    if not has_memory:
-        return (("x_next", "x", "noise"),)
-    b.output(mixed(3, "memory_next"))
-    return (("x_next", "x", "noise"), ("memory_next", "memory", "noise"))
-
-
-def flow_tables(flow: FlowSpec) -> dict[str, LazyTensor]:
-    """What a drawn sampler reads besides the network's weights: times, and steps or the solver's recurrence."""
-    tables = {"flow.times": LazyTensor.of([[t] for t in flow.times], "flow.times")}
-    if flow.solver == "euler":
-        return tables | {"flow.dts": LazyTensor.of([[d] for d in flow.dts], "flow.dts")}
-    return tables | {"flow.recurrence": LazyTensor.of(flow.recurrence, "flow.recurrence")}
-
-
-def sampler_step(
-    b: StageBuilder, x: str, velocity: str, step: str, flow: FlowSpec, shape: tuple[int, int]
-) -> tuple[tuple[str, str, str], ...]:
-    """Draws one turn of the solver, makes its results outputs, and returns the Repeat's carries; x_next is the result.
-
-    x and velocity have `shape` (N, A); see FlowSpec for the recurrence. Columns of zeros are not drawn.
-    """
-    if flow.solver == "euler":
-        b.output(euler_step(b, x, velocity, b.op("embed", step, "@flow.dts")))
-        return (("x_next", "x", "noise"),)
-    row = b.op("embed", step, "@flow.recurrence")
-    columns = [[r[i] for r in flow.recurrence] for i in range(6)]
-    has_memory = any(columns[1])
-    operands = (x, b.input("memory", "f32", *shape) if has_memory else "", velocity)
-
-    def mixed(first: int, name: str) -> str:
-        terms = []
-        for i, operand in enumerate(operands, first):
-            if any(columns[i]):
-                factor = b.op("slice", row, axis=1, start=i, stop=i + 1)
-                plain = all(c == 1.0 for c in columns[i])
-                terms.append(operand if plain else b.op("mul", operand, factor))
-        for term in terms[1:-1]:
-            terms[0] = b.op("add", terms[0], term)
-        return b.op("add", terms[0], terms[-1], name=name) if len(terms) > 1 else b.op("scale", *terms, factor=1.0, name=name)
 
     b.output(mixed(0, "x_next"))
     if not has_memory:

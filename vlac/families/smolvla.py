@@ -38,8 +38,6 @@ class SmolVLASpec:
     (joint attention with the prefix) where `is_self_layer(i)`, else it cross-attends to layer i's keys and values.
     `expert_pairs` says it for each expert layer instead, (VLM layer, "self" or "cross"), when passes have taken layers
     out; `kv_taps` are VLM layers of which only the keys and values are left.
-    `expert_pairs` says it for each expert layer instead, (VLM layer, "self" or "cross"), when passes have taken layers
-    out; `kv_taps` are VLM layers of which only the keys and values are left.
     Token ids are those of `<fake_token_around_image>` and `<global-img>`, read only with add_image_special_tokens.
     """
 
@@ -74,12 +72,6 @@ class SmolVLASpec:
         if "cross" not in self.attention_mode:
             return True
         return self.self_attn_every_n_layers > 0 and i % self.self_attn_every_n_layers == 0
-
-    @property
-    def pairs(self) -> tuple[tuple[int, str], ...]:
-        """For each expert layer the VLM layer whose keys and values it reads, and how: "self" or "cross"."""
-        read = range(0, self.text.num_hidden_layers, self.expert_every)
-        return self.expert_pairs or tuple((i, "self" if self.is_self_layer(i) else "cross") for i in read)
 
     @property
     def pairs(self) -> tuple[tuple[int, str], ...]:
