@@ -183,8 +183,29 @@ def test_single_file_needs_a_result_that_leaves_the_loop(tmp_path: Path) -> None
     s.output(s.op("relu", x, name="y"), s.op("tanh", x, name="z"))
     loop = Repeat("flow", 3, "step", (("y", "x", "noise"),))
     program = program_of(s, weights=weights_of({}), steps=(loop,), result="z")
-    with pytest.raises(Unsupported, match="its result z is no output that a Repeat carries"):
+    with pytest.raises(Unsupported, match="its result z is no output that a Repeat carries or collects"):
         write(program, tmp_path, single_file=True)
+
+
+@pytest.mark.parametrize("stop", [(), (3,), (2, 3), (99,)])
+def test_one_file_collects_and_stops_as_the_schedule_does(stop: tuple[int, ...], tmp_path: Path) -> None:
+    s = StageBuilder("decode")
+    x, step = s.input("x", "f32", 2, 4), s.input("step", "i32", 1)
+    s.output(s.op("scale", x, name="y", factor=2.0), s.op("add", step, step, name="double"))
+    program = program_of(
+        s,
+        weights=weights_of({}),
+        steps=(Repeat("decode", 5, "step", (("y", "x", "noise"),), (("y", "all"),), "double" if stop else "", stop),),
+        result="all",
+    )
+    noise = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+    turns = 2 if 2 in stop else 5  # "double" runs 0, 2, 4, ...
+    want = np.zeros((10, 4), np.float32)
+    want[: 2 * turns] = np.concatenate([noise * 2.0 ** (i + 1) for i in range(turns)])
+    artifact = write(program, tmp_path, single_file=True)
+    for engine in ("onnxruntime", "openvino"):
+        out = get_engine(engine).open(artifact, threads=1).run_all({"noise": noise}, {})
+        assert np.array_equal(out["all"], want), engine
 
 
 def test_the_engines_are_refused_where_all_decline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
