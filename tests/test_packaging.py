@@ -142,7 +142,10 @@ def test_every_extra_and_its_packages_are_pinned() -> None:
         for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         if "==" in line
     }
-    used = [*project["dependencies"], *(d for e in ("compile", "onnx", "openvino", "gguf", "dev") for d in extras[e])]
+    used = [
+        *project["dependencies"],
+        *(d for e in ("compile", "onnx", "openvino", "gguf", "bitsandbytes", "dev") for d in extras[e]),
+    ]
     assert {d.split(">")[0].split("=")[0].lower().replace("_", "-") for d in used} <= pinned
 
 

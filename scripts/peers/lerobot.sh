@@ -21,6 +21,8 @@ $pip "transformers==5.5.4" "draccus>=0.11.6,<0.12" "opencv-python-headless<4.14"
   "packaging<26"
 $pip --no-deps "accelerate>=1.14,<2" "torchvision==0.28.0"
 $pip --no-deps --ignore-requires-python lerobot==0.6.1
+# transformers is here, so Optimum's command line is tried here as well (tests/test_optimum.py)
+$pip --no-deps "optimum>=2.3,<3"
 $venv/bin/python scripts/peers/patch_lerobot.py
 HF_HUB_OFFLINE=1 $venv/bin/python -c "from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy"
 echo "$want" >"$stamp"
