@@ -344,7 +344,7 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
 @_op("argmax", "x", _argmax, host=True)
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     """Column of the largest entry of every row [N, V] -> i32 [N]; the lowest column where several are equal."""
-    return np.argmax(x[0], axis=1).astype(np.int32)
+    return np.asarray(np.argmax(x[0], axis=1), dtype=np.int32)
 
 
 @_op("pick", "x index", _pick, host=True)
