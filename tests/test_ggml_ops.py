@@ -14,6 +14,7 @@ from vlac.engines.ggml_engine import GgmlSession
 from vlac.engines.ggml_ops import DRAW
 from vlac.engines.ggml_plan import DECLINES, FLASH_ROWS
 from vlac.engines.numpy_engine import run_stage
+from vlac.errors import InputError
 from vlac.formats import decode, encode
 from vlac.graph import Call, Param, Program, Schedule, StageBuilder, check
 from vlac.ops import OPS
@@ -195,6 +196,20 @@ def host_arithmetic() -> Toy:
     return t
 
 
+def decoding(start: int = 17) -> Toy:
+    """A cache that is written at a row from outside and read; a token chosen from logits after the graph."""
+    t = Toy()
+    cache, at = t.input(normal(20, 8)), t.input(np.array([start], dtype=np.int32))
+    x = t.b.scale(t.input(normal(3, 8)), factor=0.5)
+    k = t.b.write_rows(cache, x, at)
+    zero, zeros = (t.b.full(shape=(n,), value=0.0, dtype="i32") for n in (3, 20))
+    mask = t.b.attention_mask(zero, zeros, t.input(RNG.random(20) < 0.8))
+    y = t.b.attention(x, k, cache, mask, heads=2, kv_heads=2, scale=0.5)
+    token = t.b.argmax(t.b.linear(y, t.weight(normal(50, 8))))
+    t.b.output(k, y, token, "in0")
+    return t
+
+
 def pixels() -> Toy:
     t = Toy()
     patches = t.b.patchify(t.input(normal(3, 16, 16)), patch=2, block=4)
@@ -245,6 +260,7 @@ CASES: dict[str, tuple[Callable[[], Toy], float]] = {
     "gate": (lambda: gated(False), F32),
     "shared gate": (lambda: gated(True), F32),
     "host arithmetic": (host_arithmetic, 1e-5),
+    "decoding": (decoding, F32),
     "patchify": (pixels, F32),
     "pixel_shuffle": (lambda: unary("pixel_shuffle", normal(64, 5), factor=4), 0.0),
     "pad": (lambda: unary("pad", normal(3, 20), size=32), 0.0),
@@ -269,3 +285,12 @@ def check_stage(toy: Toy) -> None:
 
 def test_every_op_is_drawn_or_declined_by_name() -> None:
     assert set(OPS) - set(DRAW) == set(DECLINES)
+
+
+@pytest.mark.parametrize("start", [-1, 18, 2**31 - 1])
+def test_rows_outside_a_cache_never_reach_ggml(start: int) -> None:
+    toy = decoding(start)
+    session = toy.session()
+    with pytest.raises(InputError, match="of 20"):
+        session.run("s", toy.inputs, {})
+    session.close()
