@@ -349,7 +349,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[VlacError], str]] = {
     "newline after the tokenizer": (
         lambda f: edit_json(f / PRE, lambda t: t["steps"].insert(5, t["steps"].pop(2))),
         Unsupported,
-        "text steps tokenizer, newline",
+        "text steps tokenizer, smolvla_new_line_processor",
     ),
     "no tokenizer file": (
         lambda f: (f / "vlm" / "tokenizer.json").unlink(),

@@ -19,7 +19,7 @@ from vlac.policy import Policy
 from vlac.readers import lerobot_statistics as stats
 from vlac.readers import peft
 from vlac.readers.hub import companion, policy_folder, resolve
-from vlac.readers.lerobot_processors import POST, PRE, NormStep, Processors, TextStep, read_processors
+from vlac.readers.lerobot_processors import POST, PRE, TEXT, NormStep, Processors, TextStep, read_processors
 from vlac.readers.lerobot_statistics import Lookup, Statistics
 from vlac.readers.safetensors_file import open_folder, read_json
 from vlac.readers.tokenizer_file import read_tokenizer
@@ -235,21 +235,13 @@ class LeRobotCheckpoint:
     # --- text ---
 
     def text_steps(self) -> tuple[Step, ...]:
-        """ensure_suffix and tokenise, in the order of the processor file."""
-        return tuple(
-            Step("ensure_suffix", {"suffix": "\n"})
-            if isinstance(t, str)
-            else Step(
-                "tokenise",
-                {
-                    "max_length": t.max_length,
-                    "padding": t.padding,
-                    "truncation": t.truncation,
-                    "add_special_tokens": True,
-                },
-            )
-            for t in self.processors.text
-        )
+        """Prompt steps and tokenise, in the order of the processor file."""
+
+        def tokenise(t: TextStep) -> Step:
+            settings = {"max_length": t.max_length, "padding": t.padding, "truncation": t.truncation}
+            return Step("tokenise", {**settings, "add_special_tokens": True})
+
+        return tuple(s for t in self.processors.text for s in (TEXT[t] if isinstance(t, str) else (tokenise(t),)))
 
     def text_step(self) -> TextStep:
         """The one tokenizer step."""
@@ -290,7 +282,7 @@ def _generation_before_processors(config: Config) -> Processors:
     tokenizer = config.raw("vlm_model_name") or "google/paligemma-3b-pt-224"
     padding = "max_length" if config.raw("pad_language_to", "max_length") == "max_length" else "longest"
     text = TextStep(str(tokenizer), config.size("tokenizer_max_length", 48), padding, True)
-    return Processors({}, ("newline", text), step, step)
+    return Processors({}, ("pi0_new_line_processor", text), step, step)
 
 
 def _statistics_elsewhere(source: str) -> tuple[Statistics, Statistics]:
@@ -380,6 +372,8 @@ def read(folder: Path, options: ReadOptions) -> Policy:
     from_lerobot = families.get(kind).from_lerobot
     assert from_lerobot is not None
     policy: Policy = from_lerobot(checkpoint)
+    if checkpoint.processors.relative and not any(s.step == "add_state" for s in policy.io.action_steps):
+        raise Unsupported(f"{folder}: relative actions are not implemented for policies of type {kind!r}")
     unknown = checkpoint.config.leftover()
     if unknown:
         checkpoint.warn(f"config.json: unknown keys, not used: {', '.join(unknown)}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlac.errors import CheckpointError, Unsupported
+from vlac.io import Step
 from vlac.readers.safetensors_file import inside, read_json
 
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -18,7 +19,21 @@ PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
 NEUTRAL = ("to_batch_processor", "device_processor", "action_tokenizer_processor")
 """Steps that change nothing at inference with batch 1 on a CPU."""
 
-NEWLINE = ("smolvla_new_line_processor", "pi0_new_line_processor")
+TEXT: Mapping[str, tuple[Step, ...]] = {
+    **dict.fromkeys(
+        ("smolvla_new_line_processor", "pi0_new_line_processor"), (Step("ensure_suffix", {"suffix": "\n"}),)
+    ),
+    "pi05_prepare_state_tokenizer_processor_step": (
+        Step("clean_task"),
+        Step("state_in_prompt", {"before": "Task: ", "between": ", State: ", "after": ";\nAction: "}),
+    ),
+    "pi0_fast_prepare_state_tokenizer_processor_step": (
+        Step("clean_task"),
+        Step("state_in_prompt", {"before": "Task: ", "between": ", State: ", "after": ";\n"}),
+    ),
+}
+"""Steps that change the text before it is tokenised -> what they do to it."""
+
 SWITCHED = ("relative_actions_processor", "absolute_actions_processor")
 """Steps that act only when their config says enabled."""
 
@@ -51,13 +66,28 @@ class TextStep:
 
 
 @dataclass(frozen=True)
+class Relative:
+    """Actions are relative to the state, but for joints whose name contains one of `exclude`."""
+
+    exclude: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def columns(self, action_dim: int) -> tuple[int, ...]:
+        """Columns that are relative; a column without a name is."""
+        tokens = [t.lower() for t in self.exclude if t]
+        fixed = {i for i, name in enumerate(self.names) if any(t in name.lower() for t in tokens)}
+        return tuple(i for i in range(action_dim) if i not in fixed)
+
+
+@dataclass(frozen=True)
 class Processors:
-    """Both pipelines. `text` are the text steps in order: "newline" or a TextStep."""
+    """Both pipelines. `text` are the text steps in order: a key of TEXT, or a TextStep."""
 
     rename: Mapping[str, str] = field(default_factory=dict)
     text: tuple[str | TextStep, ...] = ()
     normalise: NormStep | None = None
     unnormalise: NormStep | None = None
+    relative: Relative | None = None
 
 
 def read_processors(folder: Path) -> Processors | None:
@@ -74,13 +104,14 @@ def read_processors(folder: Path) -> Processors | None:
     rename: dict[str, str] = {}
     text: list[str | TextStep] = []
     norms: dict[str, NormStep] = {}
+    switched: dict[str, Relative | None] = dict.fromkeys(SWITCHED)
     for file in (PRE, POST):
         for i, (kind, config, state_file) in enumerate(_steps(folder / file)):
             where = f"{folder / file}, step {i} ({kind})"
             if kind == "rename_observations_processor":
                 rename |= _names(config.get("rename_map", {}), where)
-            elif kind in NEWLINE:
-                text.append("newline")
+            elif kind in TEXT:
+                text.append(kind)
             elif kind == "tokenizer_processor":
                 text.append(_text_step(config, where))
             elif kind in ("normalizer_processor", "unnormalizer_processor"):
@@ -88,15 +119,28 @@ def read_processors(folder: Path) -> Processors | None:
                     raise CheckpointError(f"{where}: a second step of this kind")
                 norms[kind] = _norm_step(folder, config, state_file, where)
             elif kind in SWITCHED:
-                if config.get("enabled", False):
-                    raise Unsupported(f"{where}: relative actions are not implemented")
+                switched[kind] = _relative(config, where)
             elif kind not in NEUTRAL:
                 raise Unsupported(
                     f"{where}: unknown step",
                     remedy="known: rename_observations_processor, tokenizer_processor, normalizer_processor, "
-                    f"unnormalizer_processor, {', '.join((*NEWLINE, *SWITCHED, *NEUTRAL))}",
+                    f"unnormalizer_processor, {', '.join((*TEXT, *SWITCHED, *NEUTRAL))}",
                 )
-    return Processors(rename, tuple(text), norms.get("normalizer_processor"), norms.get("unnormalizer_processor"))
+    relative, absolute = (switched[kind] for kind in SWITCHED)
+    if (relative is None) != (absolute is None):
+        raise CheckpointError(f"{folder}: {' and '.join(SWITCHED)} must both be enabled or both not")
+    both = norms.get("normalizer_processor"), norms.get("unnormalizer_processor")
+    return Processors(rename, tuple(text), *both, relative)
+
+
+def _relative(config: dict[str, Any], where: str) -> Relative | None:
+    """The setting of a relative or absolute step, None when it is switched off."""
+    if not config.get("enabled", False):
+        return None
+    lists = [config.get(key) or [] for key in ("exclude_joints", "action_names")]
+    if not all(isinstance(v, list) and all(isinstance(t, str) for t in v) for v in lists):
+        raise CheckpointError(f"{where}: exclude_joints and action_names must be lists of names")
+    return Relative(*(tuple(v) for v in lists))
 
 
 def _steps(path: Path) -> list[tuple[str, dict[str, Any], Any]]:

@@ -1,0 +1,202 @@
+"""What policies on PaliGemma share: vision stage, prefix stage, joint and adaRMS expert layers, a flow program.
+
+Weights are named vision.*, connector.proj.*, text.*, expert.*; blocks.py has the layers below these. Gemma's RMSNorm
+multiplies by 1 + w: that sum is made when the checkpoint is read, so norms here are plain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vlac import blocks
+from vlac.blocks import Shapes, linear
+from vlac.dims import Dim, symbol
+from vlac.graph import Call, Param, Program, Repeat, Schedule, Stage, StageBuilder, Symbol, check
+from vlac.policy import Policy
+from vlac.spec import DecoderSpec, FlowSpec, VisionSpec
+from vlac.weights import LazyTensor, Weights
+
+
+def paligemma_shapes(vision: VisionSpec, text: DecoderSpec) -> Shapes:
+    """Weights of the tower, the projector, the embedding and the decoder's layers."""
+    result = blocks.vit_shapes(vision)
+    result["connector.proj.weight"] = (text.hidden_size, vision.hidden_size)
+    result["connector.proj.bias"] = (text.hidden_size,)
+    result["text.embed_tokens.weight"] = (text.vocab_size, text.hidden_size)
+    for i in range(text.num_hidden_layers):
+        result |= blocks.decoder_layer_shapes(text, f"text.layers.{i}")
+    return result
+
+
+def vision_stage(vision: VisionSpec) -> Stage:
+    """One camera's pixels -> its tokens [grid*grid, text width]; not scaled, unlike the prompt's."""
+    b = StageBuilder("vision")
+    x = blocks.vit_tower(b, b.input("pixels", "f32", vision.num_channels, *[vision.image_size] * 2), vision)
+    b.output(linear(b, x, "connector.proj", bias=True, as_="image_tokens"))
+    return b.build()
+
+
+def scaled_embedding(b: StageBuilder, tokens: str, text: DecoderSpec) -> str:
+    """Gemma's token embedding: rows of the table times sqrt(hidden_size)."""
+    return b.op("scale", b.op("embed", tokens, "@text.embed_tokens.weight"), factor=text.hidden_size**0.5)
+
+
+def prefix_rows(vision: VisionSpec) -> Dim:
+    """Rows of `image_and_prompt`."""
+    return symbol("C") * vision.grid**2 + symbol("T")
+
+
+def image_and_prompt(
+    b: StageBuilder, vision: VisionSpec, text: DecoderSpec, more: tuple[tuple[str, str], ...] = ()
+) -> tuple[str, str]:
+    """(embeddings, validity) of all cameras' tokens, then the prompt's, then `more`; adds the stage's inputs."""
+    n, cameras, count = vision.grid**2, symbol("C"), symbol("T")
+    images = b.input("image_tokens", "f32", cameras * n, text.hidden_size)
+    images_valid = b.op("repeat_each", b.input("image_valid", "bool", cameras), times=n)
+    prompt = scaled_embedding(b, b.input("tokens", "i32", count), text)
+    prompt_valid = b.input("token_valid", "bool", count)
+    x = b.op("concat", images, prompt, *(row for row, _ in more), axis=0, name="prefix_embeddings")
+    return x, b.op("concat", images_valid, prompt_valid, *(v for _, v in more), axis=0, name="prefix_valid")
+
+
+def prefix_layers(b: StageBuilder, x: str, valid: str, rows: Dim, text: DecoderSpec) -> str:
+    """PaliGemma's layers on rows that all see all; each layer's rotated keys and values leave the stage."""
+    block = blocks.block_ids(b, (rows, 0))
+    mask = b.op("attention_mask", block, block, valid)
+    positions = blocks.positions_of(b, valid)
+    b.output(valid, blocks.count_valid(b, valid))
+    for i in range(text.num_hidden_layers):
+        names = (f"prefix_k.{i}", f"prefix_v.{i}")
+        x, k, v = blocks.decoder_layer(b, x, text, f"text.layers.{i}", positions, mask, kv_names=names)
+        b.output(k, v)
+    return x
+
+
+def prefix_stage(vision: VisionSpec, text: DecoderSpec) -> Stage:
+    """Images and prompt through PaliGemma, for an expert that reads its keys and values."""
+    b = StageBuilder("prefix")
+    x, valid = image_and_prompt(b, vision, text)
+    prefix_layers(b, x, valid, prefix_rows(vision), text)
+    return b.build()
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a stage after the prefix reads of it: each layer's keys and values, and how many rows are valid."""
+
+    layers: tuple[tuple[str, str], ...]
+    valid: str
+    count: str
+    rows: Dim
+
+    @staticmethod
+    def of(b: StageBuilder, rows: Dim, text: DecoderSpec) -> Past:
+        """Adds the inputs prefix_valid, prefix_count, prefix_k.{i}, prefix_v.{i}."""
+        width = text.num_key_value_heads * text.head_dim
+        valid, count = b.input("prefix_valid", "bool", rows), b.input("prefix_count", "i32", 1)
+        layers = tuple(
+            (b.input(f"prefix_k.{i}", "f32", rows, width), b.input(f"prefix_v.{i}", "f32", rows, width))
+            for i in range(text.num_hidden_layers)
+        )
+        return Past(layers, valid, count, rows)
+
+    def joined(self, b: StageBuilder, runs: Iterable[tuple[int, int]]) -> tuple[str, str]:
+        """(positions, mask) of rows behind the prefix, given as (rows, block) runs; a row sees blocks up to its own."""
+        runs = tuple(runs)
+        own, n = blocks.block_ids(b, *runs), sum(rows for rows, _ in runs)
+        keys = b.op("concat", blocks.block_ids(b, (self.rows, 0)), own, axis=0)
+        valid = b.op("concat", self.valid, b.op("full", shape=(n,), value=1.0, dtype="bool"), axis=0)
+        mask = b.op("attention_mask", own, keys, valid, name="joint_mask")
+        return b.op("add", b.op("arange", start=0, stop=n), self.count, name="behind"), mask
+
+
+# --- adaRMS ----------------------------------------------------------------------------------------------------
+
+
+def ada_rms_norm(b: StageBuilder, x: str, condition: str, spec: DecoderSpec, name: str) -> tuple[str, str]:
+    """(rms(x) * (1 + scale) + shift, gate); scale, shift, gate [1, D] are thirds of `{name}.dense` of the condition."""
+    d = spec.hidden_size
+    both = linear(b, condition, f"{name}.dense", bias=True)
+    scale, shift, gate = (
+        b.op("slice", both, axis=1, start=i * d, stop=(i + 1) * d, name=f"{name}.{part}")
+        for i, part in enumerate(("scale", "shift", "gate"))
+    )
+    one = b.op("full", shape=(1, d), value=1.0, dtype="f32")
+    factor = b.op("add", scale, one, name=f"{name}.factor")
+    x = b.op("mul", b.op("rms_norm", x, eps=spec.rms_norm_eps), factor)
+    return b.op("add", x, shift), gate
+
+
+def ada_layer(
+    b: StageBuilder,
+    x: str,
+    condition: str,
+    spec: DecoderSpec,
+    name: str,
+    positions: str,
+    mask: str,
+    past: tuple[str, str],
+) -> str:
+    """A decoder layer with adaRMS norms: each half adds gate * sublayer(norm(x))."""
+    h, gate = ada_rms_norm(b, x, condition, spec, f"{name}.input_layernorm")
+    q, k = (blocks.rotary(b, linear(b, h, f"{name}.self_attn.{p}_proj"), positions, spec) for p in "qk")
+    v = linear(b, h, f"{name}.self_attn.v_proj")
+    keys, values = (b.op("concat", before, own, axis=0) for before, own in zip(past, (k, v), strict=True))
+    h = linear(b, blocks.attend(b, q, keys, values, mask, spec), f"{name}.self_attn.o_proj")
+    x = b.op("add", x, b.op("mul", h, gate))
+    h, gate = ada_rms_norm(b, x, condition, spec, f"{name}.post_attention_layernorm")
+    return b.op("add", x, b.op("mul", blocks.gated_mlp(b, h, spec, f"{name}.mlp"), gate), name=f"{name}.hidden")
+
+
+def ada_layer_shapes(spec: DecoderSpec, name: str) -> Shapes:
+    """Weights of `ada_layer`."""
+    result = blocks.decoder_layer_shapes(spec, name)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        del result[f"{name}.{norm}.weight"]
+        result |= ada_norm_shapes(spec, f"{name}.{norm}")
+    return result
+
+
+def ada_norm_shapes(spec: DecoderSpec, name: str) -> Shapes:
+    """Weights of `ada_rms_norm`."""
+    return {
+        f"{name}.dense.weight": (3 * spec.hidden_size, spec.hidden_size),
+        f"{name}.dense.bias": (3 * spec.hidden_size,),
+    }
+
+
+# --- programs --------------------------------------------------------------------------------------------------
+
+
+def program_of(
+    policy: Policy, stages: tuple[Stage, ...], steps: tuple[Call | Repeat, ...], result: str, max_tokens: int
+) -> Program:
+    """The program of these stages with the weights that they read, checked. Symbols: C cameras, T prompt tokens."""
+    read = {i[1:] for s in stages for n in s.nodes for i in n.inputs if i.startswith("@")}
+    weights = {name: t for name, t in policy.weights.items() if name in read}
+    program = Program(
+        name=policy.family,
+        symbols=(
+            Symbol("C", tuple(range(1, len(policy.io.cameras) + 1))),
+            Symbol("T", blocks.token_buckets(max_tokens)),
+        ),
+        stages=stages,
+        params={name: Param(t.shape) for name, t in weights.items()},
+        schedule=Schedule(steps, result),
+        weights=Weights(weights),
+    )
+    return check(program)
+
+
+def flow_program(policy: Policy, stages: tuple[Stage, Stage, Stage], max_tokens: int) -> Program:
+    """Stages vision (per camera), prefix (once), flow (per Euler step, carrying x) -> x_next [N, A]."""
+    flow = policy.flow
+    assert isinstance(flow, FlowSpec)
+    grid = {
+        "flow.times": LazyTensor.of([[t] for t in flow.times], "flow.times"),
+        "flow.dts": LazyTensor.of([[d] for d in flow.dts], "flow.dts"),
+    }
+    repeat = Repeat("flow", len(flow.times), "step", (("x_next", "x", "noise"),))
+    timed = policy.replace(weights=policy.weights.with_(**grid))
+    return program_of(timed, stages, (Call("vision", each="camera"), Call("prefix"), repeat), "x_next", max_tokens)

@@ -1,0 +1,137 @@
+"""pi0.5 (Physical Intelligence 2025, arXiv 2504.16054): pi0 whose expert is told the time by adaRMS norms.
+
+The state is read from the prompt; there is no state token. Formulas are LeRobot 0.6's inference path in float32. The
+modulations depend on nothing but the step: lowering turns them into tables with one row per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vlac import blocks, blocks_gemma
+from vlac.blocks import Shapes
+from vlac.blocks_gemma import Past
+from vlac.errors import CheckpointError
+from vlac.graph import Program, Stage, StageBuilder
+from vlac.policy import Policy, Source
+from vlac.readers import lerobot_pi, paligemma
+from vlac.registry import Family, families
+from vlac.runtime.prompt import reads_state
+from vlac.spec import DecoderSpec, FlowSpec, VisionSpec, override
+
+if TYPE_CHECKING:
+    from vlac.readers.lerobot import LeRobotCheckpoint
+
+
+@dataclass(frozen=True)
+class Pi05Spec:
+    """Dimensions. `text` and `expert` have the same layers, heads and head_dim; only their widths differ."""
+
+    vision: VisionSpec
+    text: DecoderSpec
+    expert: DecoderSpec
+    chunk_size: int
+    max_action_dim: int
+    tokenizer_max_length: int
+
+
+def shapes(spec: Pi05Spec) -> Shapes:
+    """Shape of every weight the program reads."""
+    expert, width = spec.expert, spec.expert.hidden_size
+    result = blocks_gemma.paligemma_shapes(spec.vision, spec.text)
+    for i in range(expert.num_hidden_layers):
+        result |= blocks_gemma.ada_layer_shapes(expert, f"expert.layers.{i}")
+    result |= blocks_gemma.ada_norm_shapes(expert, "expert.norm")
+    for name, (rows, columns) in {
+        "action_in_proj": (width, spec.max_action_dim),
+        "action_out_proj": (spec.max_action_dim, width),
+        "time_mlp_in": (width, width),
+        "time_mlp_out": (width, width),
+    }.items():
+        result[f"{name}.weight"], result[f"{name}.bias"] = (rows, columns), (rows,)
+    return result
+
+
+def build(policy: Policy) -> Program:
+    """The program: `vision` per camera, `prefix` once, `flow` once per Euler step.
+
+    Symbols: T prompt tokens, C camera slots that take part. Result: x f32 [chunk_size, max_action_dim].
+    """
+    spec, flow = policy.spec, policy.flow
+    assert isinstance(spec, Pi05Spec) and flow is not None
+    stages = (
+        blocks_gemma.vision_stage(spec.vision),
+        blocks_gemma.prefix_stage(spec.vision, spec.text),
+        _flow(spec, flow),
+    )
+    return blocks_gemma.flow_program(policy, stages, spec.tokenizer_max_length)
+
+
+def _condition(b: StageBuilder, step: str, width: int, flow: FlowSpec) -> str:
+    """What every adaRMS norm reads: the time of this step through an MLP. [1, width]"""
+    t = b.op("embed", step, "@flow.times")
+    time = b.op("time_embedding", t, dim=width, min_period=flow.min_period, max_period=flow.max_period)
+    hidden = b.op("silu", blocks.linear(b, time, "time_mlp_in", bias=True))
+    return b.op("silu", blocks.linear(b, hidden, "time_mlp_out", bias=True), name="condition")
+
+
+def _flow(spec: Pi05Spec, flow: FlowSpec) -> Stage:
+    """One Euler step. Actions see the prefix and one another."""
+    b = StageBuilder("flow")
+    expert, n = spec.expert, spec.chunk_size
+    step = b.input("step", "i32", 1)
+    x = b.input("x", "f32", n, spec.max_action_dim)
+    past = Past.of(b, blocks_gemma.prefix_rows(spec.vision), spec.text)
+    condition = _condition(b, step, expert.hidden_size, flow)
+    h = blocks.linear(b, x, "action_in_proj", bias=True, as_="action_tokens")
+    positions, mask = past.joined(b, [(n, 1)])
+    for i, layer in enumerate(past.layers):
+        h = blocks_gemma.ada_layer(b, h, condition, expert, f"expert.layers.{i}", positions, mask, layer)
+    h, _ = blocks_gemma.ada_rms_norm(b, h, condition, expert, "expert.norm")
+    velocity = blocks.linear(b, h, "action_out_proj", bias=True, as_="velocity")
+    b.output(blocks.euler_step(b, x, velocity, b.op("embed", step, "@flow.dts")))
+    return b.build()
+
+
+# --- from LeRobot ----------------------------------------------------------------------------------------------
+
+RENAMED = {"action_time_mlp_in.": "time_mlp_in.", "action_time_mlp_out.": "time_mlp_out."}
+UNREAD = ("state_proj.*",)
+"""Names that early files use, and what they hold besides."""
+
+
+def from_lerobot(checkpoint: LeRobotCheckpoint) -> Policy:
+    """The Policy of an opened LeRobot checkpoint of type "pi05"."""
+    shared = lerobot_pi.common(checkpoint, RENAMED)
+    source = shared.source
+    if not reads_state(checkpoint.text_steps()):
+        raise CheckpointError(
+            f"{checkpoint.folder}: no pi05_prepare_state_tokenizer_processor_step, so the state would be lost",
+            remedy="save the processors again with the policy",
+        )
+    text = paligemma.text_spec(source)
+    spec = Pi05Spec(
+        vision=paligemma.vision_spec(source, shared.image_size),
+        text=text,
+        expert=paligemma.expert_spec(source, text),
+        chunk_size=shared.chunk_size,
+        max_action_dim=shared.max_action_dim,
+        tokenizer_max_length=shared.tokenizer_max_length,
+    )
+    spec = override(spec, source.left_over())
+    return Policy(
+        family="pi05",
+        name=checkpoint.name,
+        spec=spec,
+        weights=paligemma.take_weights(source, shapes(spec), UNREAD),
+        io=lerobot_pi.io(checkpoint, shared, text.vocab_size, padded_state=False),
+        source=Source(str(checkpoint.folder)),
+        tokenizer=checkpoint.tokenizer(),
+        flow=lerobot_pi.flow_spec(checkpoint),
+    )
+
+
+FAMILY = families.add(
+    Family("pi05", build, from_lerobot, doc="pi0 with adaRMS norms and the state in the prompt", title="pi0.5")
+)
