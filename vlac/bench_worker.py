@@ -81,12 +81,19 @@ def measure(request: dict[str, Any], entered: float) -> dict[str, Any]:
 def _inputs(path: str) -> list[dict[str, Any]]:
     from vlac.artifact import open_artifact
     from vlac.goldens import synthetic
+    from vlac.runtime.inputs import samples
 
     artifact = open_artifact(path)
     goldens = artifact.goldens() or synthetic(artifact.io, 2)
     text = bool(artifact.io.text_steps)
+    noise = samples(artifact.program)
     return [
-        {"images": dict(g.images), "state": g.state, "noise": g.noise, **({"task": g.task} if text else {})}
+        {
+            "images": dict(g.images),
+            "state": g.state,
+            **({"noise": g.noise} if noise else {}),
+            **({"task": g.task} if text else {}),
+        }
         for g in goldens
     ]
 

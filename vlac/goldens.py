@@ -20,7 +20,7 @@ from vlac.io import IO
 from vlac.policy import Policy
 from vlac.registry import Progress, families
 from vlac.runtime.actions import apply_action_steps
-from vlac.runtime.inputs import Prepared
+from vlac.runtime.inputs import Prepared, samples
 from vlac.runtime.session import execute, prepare
 
 NpArray = np.ndarray[Any, Any]
@@ -112,7 +112,7 @@ def answer(
             taps: dict[str, NpArray] = {}
             x = execute(program, session, ready.env, ready.symbols, taps=taps)
             chunk = apply_action_steps(policy.io.action_steps, x, ready.state)
-            if not floor:
+            if not floor and samples(program):
                 floor = _noise_floor(policy, program, session, ready, taps, chunk)
             chunk_n = apply_action_steps(policy.io.normalised_action_steps, x, ready.state)
             result.append(dataclasses.replace(obs, chunk=chunk, chunk_normalised=chunk_n, taps=_kept(taps)))
@@ -130,7 +130,7 @@ def _prepared(policy: Policy, program: Program, obs: Golden) -> Prepared:
         images=dict(obs.images),
         state=obs.state,
         task=obs.task if policy.io.text_steps else None,
-        noise=obs.noise,
+        noise=obs.noise if samples(program) else None,
     )
 
 

@@ -28,6 +28,7 @@ from vlac.metrics import Joint, Limit
 from vlac.observations import load_observations
 from vlac.registry import Progress, ReadOptions, silent
 from vlac.runtime.actions import apply_action_steps
+from vlac.runtime.inputs import samples
 from vlac.runtime.session import choose_engine, execute, prepare
 
 if TYPE_CHECKING:
@@ -181,7 +182,8 @@ def _answers(
     done = 0
     for i, obs in enumerate(given):
         task = obs.task if io.text_steps else None
-        ready = prepare(io, tokenizer, program, images=dict(obs.images), state=obs.state, task=task, noise=obs.noise)
+        noise = obs.noise if samples(program) else None
+        ready = prepare(io, tokenizer, program, images=dict(obs.images), state=obs.state, task=task, noise=noise)
         # the chunk comes from the way a robot takes (whole loops); stage values from a run of their own, step by step
         chunks = []
         for _ in range(1 if i else CALLS):
@@ -385,8 +387,9 @@ def _cost(
 
 def _run_reference(
     checkpoint: str, read: ReadOptions | None, artifact: Artifact, given: Sequence[Golden], progress: Progress
-) -> tuple[list[NpArray], list[dict[str, NpArray]], dict[str, float]]:
-    """The checkpoint as its family draws it, in fp32: chunks, taps, and the noise floor on the first observation."""
+) -> tuple[list[NpArray], list[dict[str, NpArray]], dict[str, float] | None]:
+    """The checkpoint as its family draws it, in fp32: chunks, taps, and the noise floor on the first observation (None
+    for a policy that samples nothing)."""
     from vlac.api import draw
     from vlac.checkpoint import read_policy
     from vlac.goldens import reference_session
@@ -406,11 +409,14 @@ def _run_reference(
         rng = np.random.Generator(np.random.PCG64([7, 7]))
         noise = np.asarray(rng.standard_normal(given[0].noise.shape), dtype=np.float32)
         other = [Golden(given[0].images, given[0].state, given[0].task, noise, noise, noise)]
-        moved = _answers(program, session, policy.io, policy.tokenizer, other, progress, "its noise floor").chunks[0]
+        asked = other if samples(program) else []
+        moved = _answers(program, session, policy.io, policy.tokenizer, asked, progress, "its noise floor").chunks
     finally:
         session.close()
-    still = theirs.chunks[0]
-    floor = {"cosine": metrics.cosine(moved, still), "relative_l2": metrics.relative_l2(moved, still)}
+    if not moved:
+        return theirs.chunks, theirs.taps, None
+    still, other_seed = theirs.chunks[0], moved[0]
+    floor = {"cosine": metrics.cosine(other_seed, still), "relative_l2": metrics.relative_l2(other_seed, still)}
     return theirs.chunks, theirs.taps, floor
 
 

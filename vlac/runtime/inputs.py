@@ -56,6 +56,11 @@ def runtime_types(program: Program) -> dict[str, Type]:
     return result
 
 
+def samples(program: Program) -> bool:
+    """Whether the program starts from noise; one that does not takes none."""
+    return "noise" in runtime_types(program)
+
+
 def resolve_units(io: IO, units: str | None) -> str:
     """The units of one call; None means the artifact's own. InputError when the artifact cannot give them."""
     if units is None:
