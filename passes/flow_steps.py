@@ -1,47 +1,193 @@
-"""flow-steps: how many Euler steps the flow sampler takes.
+"""flow-steps: how often the flow sampler asks the network, at which times, and what it makes of the answers.
 
-The velocity network is unchanged and is called at other times: fewer steps are proportionally faster in the flow
-stage and follow the learned flow more coarsely. What that costs is a question for `vlac parity --reference`.
+The velocity network is unchanged and is called at other times: fewer evaluations are proportionally faster in the flow
+stage and follow the learned flow more coarsely. Solvers: "euler"; "midpoint" (two evaluations a step); "ab2", the
+two-step Adams-Bashforth rule with a first Euler step, x += h ((1 + r/2) v_k - r/2 v_(k-1)), r the ratio of steps;
+"fitted": Euler's path, but the chunk is the combination of the noise and all velocities that comes closest (least
+squares, shared by all joints) to what the policy's own sampler makes of observations: N+1 numbers, in the spirit of
+bespoke solvers (Shaul et al. 2023, arXiv 2310.19075). The measure of all is the shipped sampler's chunk, not the exact
+solution of the flow.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from vlac import calibrate
 from vlac.errors import Inapplicable
+from vlac.graph import Repeat
+from vlac.ops import NpArray
 from vlac.policy import Policy
 from vlac.registry import Pass, passes
 from vlac.spec import FlowSpec
 
+SOLVERS = ("euler", "midpoint", "ab2", "fitted")
+GRIDS = ("uniform", "cosine")
+REFUSED = {
+    "heun": "its last evaluation is at t = 0, where the velocity is badly conditioned",
+    "rk4": "its last evaluation is at t = 0, where the velocity is badly conditioned",
+    "distilled": "it needs training",
+}
 
-def _requires(policy: Policy, steps: int) -> None:
+Row = tuple[float, float, float, float, float, float]
+
+
+def grid_times(grid: str, steps: int) -> tuple[float, ...]:
+    """Times 1 = t_0 > t_1 > ... > 0 at which steps begin: "uniform", "cosine" (1 - cos: fine near the noise), or the
+    times themselves, "1+0.7+0.3"."""
+    if grid == "uniform":
+        return tuple(1.0 - i / steps for i in range(steps))
+    if grid == "cosine":
+        return tuple(math.cos(math.pi / 2 * i / steps) for i in range(steps))
+    try:
+        times = tuple(float(t) for t in grid.split("+"))
+    except ValueError:
+        times = ()
+    falling = all(a > b > 0 for a, b in itertools.pairwise(times))
+    if len(times) != steps or times[0] != 1.0 or not falling:
+        raise Inapplicable(
+            f"grid={grid!r} is neither {' nor '.join(GRIDS)} nor {steps} falling times from 1 to above 0",
+            remedy="write grid=1+0.7+0.3",
+        )
+    return times
+
+
+def _step_count(solver: str, steps: int) -> int:
+    return steps // 2 if solver == "midpoint" else steps
+
+
+def _requires(policy: Policy, steps: int, solver: str, grid: str, samples: int, observations: str) -> None:
     if policy.flow is None:
         raise Inapplicable(f"{policy.family} has no flow sampler", remedy="leave flow-steps out")
-    if steps < 1:
-        raise Inapplicable(f"steps={steps}: at least 1 is needed (the checkpoint takes {len(policy.flow.times)})")
+    if solver in REFUSED:
+        raise Inapplicable(f"solver={solver} is not offered: {REFUSED[solver]}", remedy=", ".join(SOLVERS))
+    if solver not in SOLVERS:
+        raise Inapplicable(f"solver={solver!r}; there are: {', '.join(SOLVERS)}")
+    if not 1 <= steps <= 1000:
+        raise Inapplicable(f"steps={steps}: 1 to 1000, at least 1 is needed (now {len(policy.flow.times)})")
+    if solver == "midpoint" and steps % 2:
+        raise Inapplicable(f"steps={steps}: midpoint takes two evaluations a step, so an even number")
+    if solver == "fitted" and policy.flow.solver == "fitted":
+        raise Inapplicable("the sampler is already a fit; fit to the shipped one", remedy="apply flow-steps once")
+    grid_times(grid, _step_count(solver, steps))
 
 
-def _apply(policy: Policy, steps: int) -> tuple[Policy, Mapping[str, Any]]:
+# --- solvers as recurrences (vlac.spec.FlowSpec) -----------------------------------------------------------------
+
+
+def sampler(old: FlowSpec, times: tuple[float, ...], solver: str) -> FlowSpec:
+    """The solver on steps that begin at `times`, the last one ending at 0; "fitted" comes from `fit`."""
+    dts = tuple(b - a for a, b in zip(times, (*times[1:], 0.0), strict=True))
+    euler = dataclasses.replace(old, times=times, dts=dts, solver="euler", recurrence=())
+    if solver == "ab2":
+        return dataclasses.replace(euler, solver="ab2", recurrence=tuple(_ab2(dts)))
+    if solver == "midpoint":
+        rows: list[Row] = []
+        all_times: list[float] = []
+        for t, h in zip(times, dts, strict=True):  # the memory is where the step began
+            all_times += [t, t + h / 2]
+            rows += [(0.0, 1.0, h / 2, 0.0, 1.0, 0.0), (0.0, 1.0, h, 0.0, 1.0, h)]
+        halves = tuple(h / 2 for h in dts for _ in range(2))
+        return dataclasses.replace(euler, times=tuple(all_times), dts=halves, solver="midpoint", recurrence=tuple(rows))
+    return euler
+
+
+def _ab2(dts: tuple[float, ...]) -> list[Row]:
+    """The memory is the velocity before; at the first step it is noise, with weight 0."""
+    rows: list[Row] = [(1.0, 0.0, dts[0], 0.0, 0.0, 1.0)]
+    for before, h in itertools.pairwise(dts):
+        r = h / before
+        rows.append((1.0, -h * r / 2, h * (1 + r / 2), 0.0, 0.0, 1.0))
+    return rows
+
+
+def combined(euler: FlowSpec, weights: NpArray) -> FlowSpec:
+    """Euler's path with the chunk weights[0] * noise + sum weights[1 + k] * v_k; the memory adds it up."""
+    n = len(euler.times)
+    rows: list[Row] = []
+    for k in range(n):
+        keep, add = (float(weights[0]) if k == 0 else 1.0), float(weights[1 + k])
+        path = (0.0, keep, add) if k == n - 1 else (1.0, 0.0, euler.dts[k])
+        rows.append((*path, 0.0, keep, add))
+    return dataclasses.replace(euler, solver="fitted", recurrence=tuple(rows))
+
+
+def fit(policy: Policy, euler: FlowSpec, samples: int, path: str) -> tuple[FlowSpec, Mapping[str, Any]]:
+    """The fitted sampler, and its error on the quarter of the observations that was held out, beside plain Euler's."""
+    given = calibrate.observations(policy, samples, path)
+    target = calibrate.watch(policy, given, {}, lambda *_: None)
+    short = policy.replace(flow=euler)
+    program = calibrate.draw(short)
+    (step,) = [s for s in program.schedule.steps if isinstance(s, Repeat)]
+    velocity = next((n.name for n in program.stage(step.stage).nodes if n.name == "velocity"), "")
+    if not velocity:
+        raise Inapplicable(f"{policy.family} names no velocity in its flow stage", remedy="another solver")
+    seen: list[list[NpArray]] = [[] for _ in given]
+    coarse = calibrate.watch(
+        short, given, {step.stage: [velocity]}, lambda i, _, v: seen[i].append(v[velocity].astype(np.float64))
+    )
+    features = [np.stack([g.noise, *v], axis=-1).reshape(-1, 1 + len(v)) for g, v in zip(given, seen, strict=True)]
+    judges = max(1, len(given) // 4)
+    x, y = np.concatenate(features[:-judges]), np.concatenate([t.ravel() for t in target[:-judges]])
+    weights = np.linalg.lstsq(x, y, rcond=None)[0]
+    held = [f @ weights for f in features[-judges:]]
+    figures = {
+        "held_out_observations": judges,
+        "held_out_drift_euler": round(calibrate.drift(coarse[-judges:], target[-judges:]), 6),
+        "held_out_drift_fitted": round(calibrate.drift(held, target[-judges:]), 6),
+    }
+    return combined(euler, weights), figures
+
+
+# --- the pass --------------------------------------------------------------------------------------------------
+
+
+def _apply(
+    policy: Policy, steps: int, solver: str, grid: str, samples: int, observations: str
+) -> tuple[Policy, Mapping[str, Any]]:
     assert policy.flow is not None
-    old = policy.flow
-    flow = FlowSpec.euler(steps, old.min_period, old.max_period)
-    return policy.replace(flow=flow), {"steps_before": len(old.times), "steps_after": steps}
+    figures: dict[str, Any] = {"steps_before": len(policy.flow.times), "steps_after": steps}
+    times = grid_times(grid, _step_count(solver, steps))
+    if grid == "uniform" and solver == "euler":
+        flow = FlowSpec.euler(steps, policy.flow.min_period, policy.flow.max_period)
+    else:
+        flow = sampler(policy.flow, times, solver)
+    if solver == "fitted":
+        if samples < 2:
+            raise Inapplicable(f"samples={samples}: a fit is judged on observations held out, at least 2 are needed")
+        flow, fitted = fit(policy, flow, samples, observations)
+        figures |= fitted
+    return policy.replace(flow=flow), figures
 
 
-def _ensures(before: Policy, after: Policy, steps: int) -> None:
+def _ensures(before: Policy, after: Policy, steps: int, solver: str, **_: Any) -> None:
+    """So many evaluations, from t=1 to t=0; and the family draws the solver, not Euler's in its place."""
     assert after.flow is not None
     if len(after.flow.times) != steps or abs(1.0 + sum(after.flow.dts)) > 1e-9:
         raise Inapplicable(f"flow-steps: {steps} steps do not lead from t=1 to t=0")
+    if solver != "euler" and "flow.recurrence" not in calibrate.draw(after).params:
+        raise Inapplicable(f"{after.family} draws Euler steps only", remedy="solver=euler")
 
 
 FLOW_STEPS = passes.add(
     Pass(
         name="flow-steps",
         apply=_apply,
-        params={"steps": (int, None, "number of Euler steps, 1 or more")},
+        params={
+            "steps": (int, None, "evaluations of the network, 1 or more"),
+            "solver": (str, "euler", ", ".join(SOLVERS)),
+            "grid": (str, "uniform", "times at which steps begin: uniform, cosine, or 1+0.7+0.3"),
+            "samples": (int, 16, "with solver=fitted: observations to fit on"),
+            "observations": (str, "", "an .npz file of them; seeded ones without it"),
+        },
         requires=_requires,
         ensures=_ensures,
-        doc="Another number of Euler steps in the flow sampler.",
+        doc="Fewer or other evaluations in the flow sampler.",
     )
 )

@@ -99,6 +99,16 @@ def shuffle_connector(b: StageBuilder, x: str, factor: int, name: str = "connect
     return linear(b, b.op("pixel_shuffle", x, factor=factor), name, as_=as_)
 
 
+def mean_tokens(b: StageBuilder, x: str, factor: int, width: int, as_: str = "") -> str:
+    """Means over factor x factor blocks of a square grid of tokens x [g*g, width] -> [(g/factor)^2, width]."""
+    rows = b.op("pixel_shuffle", x, factor=factor)
+    parts = [b.op("slice", rows, axis=1, start=i * width, stop=(i + 1) * width) for i in range(factor**2)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = b.op("add", total, part)
+    return b.op("scale", total, factor=1 / factor**2, name=as_)
+
+
 # --- decoder ---------------------------------------------------------------------------------------------------
 
 

@@ -55,13 +55,14 @@ class SmolVLASpec:
     add_image_special_tokens: bool = False
     fake_image_token_id: int = -1
     global_image_token_id: int = -1
+    token_pool: int = 1
     kv_taps: tuple[int, ...] = ()
     expert_pairs: tuple[tuple[int, str], ...] = ()
 
     @property
     def tokens_per_camera(self) -> int:
-        """Rows that the connector gives per image."""
-        return (self.vision.grid // self.scale_factor) ** 2
+        """Image rows of the prefix per camera: what the connector gives, averaged over token_pool x token_pool."""
+        return (self.vision.grid // self.scale_factor // self.token_pool) ** 2
 
     @property
     def expert_every(self) -> int:
@@ -164,7 +165,9 @@ def _vision(spec: SmolVLASpec) -> Stage:
     side = spec.vision.image_size
     pixels = b.input("pixels", "f32", spec.vision.num_channels, side, side)
     x = blocks.vit_tower(b, pixels, spec.vision)
-    b.output(blocks.shuffle_connector(b, x, spec.scale_factor, as_="image_tokens"))
+    pool = spec.token_pool
+    x = blocks.shuffle_connector(b, x, spec.scale_factor, as_="image_tokens" if pool == 1 else "")
+    b.output(x if pool == 1 else blocks.mean_tokens(b, x, pool, spec.text.hidden_size, as_="image_tokens"))
     return b.build()
 
 
@@ -554,5 +557,12 @@ def _io(
 
 
 FAMILY = families.add(
-    Family("smolvla", build, from_lerobot, doc="SmolVLM2 with a flow-matching action expert", title="SmolVLA")
+    Family(
+        "smolvla",
+        build,
+        from_lerobot,
+        doc="SmolVLM2 with a flow-matching action expert",
+        title="SmolVLA",
+        spec=SmolVLASpec,
+    )
 )
