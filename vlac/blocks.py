@@ -47,9 +47,14 @@ def vit_tower(b: StageBuilder, pixels: str, spec: VisionSpec, name: str = "visio
     x = b.op("patchify", pixels, patch=spec.patch_size, block=1)
     x = linear(b, x, f"{name}.patch_embedding", bias=True)
     x = b.op("add", x, f"@{name}.position_embedding", name=f"{name}.embedded")
+    return _layer_norm(b, vit_layers(b, x, spec, name), spec, f"{name}.post_layernorm")
+
+
+def vit_layers(b: StageBuilder, x: str, spec: VisionSpec, name: str) -> str:
+    """The pre-norm layers of a ViT on rows of any number; every row sees every other."""
     for i in range(spec.num_hidden_layers):
         x = _vit_layer(b, x, spec, f"{name}.layers.{i}")
-    return _layer_norm(b, x, spec, f"{name}.post_layernorm")
+    return x
 
 
 def _layer_norm(b: StageBuilder, x: str, spec: VisionSpec, name: str) -> str:
@@ -70,12 +75,21 @@ def _vit_layer(b: StageBuilder, x: str, spec: VisionSpec, name: str) -> str:
 
 def vit_shapes(spec: VisionSpec, name: str = "vision") -> Shapes:
     """Weights of `vit_tower`."""
-    d, f = spec.hidden_size, spec.intermediate_size
+    d = spec.hidden_size
     shapes: Shapes = {
         f"{name}.patch_embedding.weight": (d, spec.num_channels * spec.patch_size**2),
         f"{name}.patch_embedding.bias": (d,),
         f"{name}.position_embedding": (spec.grid**2, d),
     }
+    shapes |= vit_layers_shapes(spec, name)
+    shapes[f"{name}.post_layernorm.weight"] = shapes[f"{name}.post_layernorm.bias"] = (d,)
+    return shapes
+
+
+def vit_layers_shapes(spec: VisionSpec, name: str) -> Shapes:
+    """Weights of `vit_layers`."""
+    d, f = spec.hidden_size, spec.intermediate_size
+    shapes: Shapes = {}
     for i in range(spec.num_hidden_layers):
         layer = f"{name}.layers.{i}"
         for part, (rows, columns) in {
@@ -90,7 +104,6 @@ def vit_shapes(spec: VisionSpec, name: str = "vision") -> Shapes:
             shapes[f"{layer}.{part}.bias"] = (rows,)
         for norm in ("layer_norm1", "layer_norm2"):
             shapes[f"{layer}.{norm}.weight"] = shapes[f"{layer}.{norm}.bias"] = (d,)
-    shapes[f"{name}.post_layernorm.weight"] = shapes[f"{name}.post_layernorm.bias"] = (d,)
     return shapes
 
 
@@ -154,16 +167,22 @@ def decoder_layer(
     mask: str,
     past: tuple[str, str] | None = None,
     kv_names: tuple[str, str] = ("", ""),
+    cache: tuple[str, str, str] | None = None,
 ) -> tuple[str, str, str]:
     """A pre-norm decoder layer; returns (hidden, rotated keys, values) of its own rows.
 
     Attention reads the rows of `past` (keys, values) before its own; `mask` is [rows, past rows + rows].
     `kv_names` are wished for the keys and values, where they leave the stage.
+    With `cache` (keys, values, row number) its own keys and values are written into that cache from that row on, and
+    the cache takes their place: attention reads it, and it is returned.
     """
     h = rms_norm(b, x, spec, f"{name}.input_layernorm")
     q = rotary(b, linear(b, h, f"{name}.self_attn.q_proj"), positions, spec)
-    k = rotary(b, linear(b, h, f"{name}.self_attn.k_proj"), positions, spec, as_=kv_names[0])
-    v = linear(b, h, f"{name}.self_attn.v_proj", as_=kv_names[1])
+    k = rotary(b, linear(b, h, f"{name}.self_attn.k_proj"), positions, spec, as_="" if cache else kv_names[0])
+    v = linear(b, h, f"{name}.self_attn.v_proj", as_="" if cache else kv_names[1])
+    if cache:
+        k = b.op("write_rows", cache[0], k, cache[2], name=kv_names[0])
+        v = b.op("write_rows", cache[1], v, cache[2], name=kv_names[1])
     keys, values = k, v
     if past:
         keys = b.op("concat", past[0], k, axis=0)

@@ -10,6 +10,7 @@ import numpy as np
 from vlac.errors import InputError
 from vlac.io import Step
 from vlac.runtime.observation import Array, StepFunction, apply_steps, span, statistics
+from vlac.runtime.token_bins import token_bins
 
 
 def take(x: Array, *, size: int) -> Array:
@@ -41,7 +42,12 @@ def add_state(x: Array, *, columns: Sequence[int], state: Array | None = None) -
     return y
 
 
-ACTION_STEPS: dict[str, StepFunction] = {"take": take, "unnormalise": unnormalise, "add_state": add_state}
+ACTION_STEPS: dict[str, StepFunction] = {
+    "take": take,
+    "unnormalise": unnormalise,
+    "add_state": add_state,
+    "token_bins": token_bins,
+}
 
 
 def needs_state(steps: Iterable[Step]) -> bool:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from vlac.errors import ArtifactError, InputError
 from vlac.io import Step
+from vlac.runtime.pillow_steps import centre_crop, pillow_resize, square, stack_normalised
 
 Array = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
@@ -151,8 +152,12 @@ IMAGE_STEPS: dict[str, StepFunction] = {
     "affine": affine,
     "clamp": clamp,
     "normalise": normalise,
+    "square": square,
+    "pillow_resize": pillow_resize,
+    "centre_crop": centre_crop,
+    "stack_normalised": stack_normalised,
 }
-STATE_STEPS: dict[str, StepFunction] = {"normalise": normalise, "pad": pad}
+STATE_STEPS: dict[str, StepFunction] = {"normalise": normalise, "clamp": clamp, "pad": pad}
 
 
 def step_function(table: Mapping[str, StepFunction], step: Step) -> StepFunction:

@@ -45,10 +45,22 @@ def state_in_prompt(text: str, state: State, *, before: str, between: str, after
     return f"{before}{text}{between}{' '.join(map(str, state_bins(state, bins)))}{after}"
 
 
+def lowercase(text: str, state: State = None) -> str:
+    """Python's str.lower."""
+    return text.lower()
+
+
+def surround(text: str, state: State = None, *, before: str, after: str) -> str:
+    """before + text + after."""
+    return f"{before}{text}{after}"
+
+
 PROMPT_STEPS: dict[str, PromptStep] = {
     "ensure_suffix": ensure_suffix,
     "clean_task": clean_task,
     "state_in_prompt": state_in_prompt,
+    "lowercase": lowercase,
+    "surround": surround,
 }
 READ_STATE = ("state_in_prompt",)
 """Steps that need the state."""

@@ -54,7 +54,7 @@ def execute(
             taps.update(whole)
         if collected is not None:
             names = {name for s in program.schedule.steps if isinstance(s, Repeat) for _, name in s.collect}
-            collected.update({k: v for k, v in whole.items() if k in names})
+            collected.update({k: v for k, v in whole.items() if k in names or v.dtype == np.int32})
         return finite_chunk(whole[program.schedule.result], engine.engine)
     for step in program.schedule.steps:
         started = time.perf_counter()
@@ -65,18 +65,22 @@ def execute(
             taps.update(out)
         if collected is not None and isinstance(step, Repeat):
             collected.update({name: out[name] for _, name in step.collect})
-    return finite_chunk(values[program.schedule.result], engine.engine)
+    result = values[program.schedule.result]
+    if collected is not None and result.dtype == np.int32:
+        collected[program.schedule.result] = result
+    return finite_chunk(result, engine.engine)
 
 
 def generated(program: Program, collected: Mapping[str, NpArray]) -> NpArray | None:
-    """The ids that a Repeat generated, i32 [n], up to and with the one that ended it; None where it collects no ids."""
+    """The ids that were generated, i32 [n], up to and with the one that ended a Repeat; None where there are none."""
     for step in program.schedule.steps:
         for out, name in step.collect if isinstance(step, Repeat) else ():
             ids = collected.get(name)
             if ids is not None and ids.dtype == np.int32 and ids.ndim == 1:
                 ended = np.isin(ids, step.stop if isinstance(step, Repeat) and out == step.until else ())
                 return np.array(ids[: int(ended.argmax()) + 1] if ended.any() else ids)
-    return None
+    ids = collected.get(program.schedule.result)
+    return None if ids is None or ids.dtype != np.int32 else np.array(ids).reshape(-1)
 
 
 def _note(stats: Stats | None, stage: str, started: float) -> None:

@@ -66,14 +66,17 @@ def tokenise(
     padding: str = "longest",
     truncation: bool = True,
     add_special_tokens: bool = True,
+    final_id: int | None = None,
 ) -> Prompt:
-    """`text` as at most `max_length` ids.
+    """`text` as at most `max_length` ids; `final_id` is appended unless they end so.
 
     padding "max_length" fills up with id 0, marked not valid; "longest" and "do_not_pad" leave one prompt as it is.
     A longer text is cut at the right as Hugging Face's fast tokenizers cut it (special tokens keep their place);
     with truncation=False it is refused.
     """
     encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    final = [] if final_id is None or encoding.ids[-1:] == [final_id] else [final_id]
+    max_length -= len(final)
     lost = ""
     if len(encoding.ids) > max_length:
         if not truncation:
@@ -81,10 +84,10 @@ def tokenise(
                 f"the task makes {len(encoding.ids)} tokens, this policy takes {max_length}", remedy="shorten the task"
             )
         encoding, lost = _truncate(tokenizer, text, max_length, add_special_tokens)
-    count = len(encoding.ids)
-    size = max_length if padding == "max_length" else count
+    count = len(encoding.ids) + len(final)
+    size = max_length + len(final) if padding == "max_length" else count
     ids, valid = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.bool_)
-    ids[:count], valid[:count] = encoding.ids, True
+    ids[:count], valid[:count] = [*encoding.ids, *final], True
     return Prompt(ids, valid, lost)
 
 
@@ -109,7 +112,7 @@ def check_text_steps(steps: Iterable[Step], where: str) -> None:
             )
     check_prompt_steps(steps[:-1], where)
     length, padding = steps[-1].params.get("max_length"), steps[-1].params.get("padding", "longest")
-    extra = set(steps[-1].params) - {"max_length", "padding", "truncation", "add_special_tokens"}
+    extra = set(steps[-1].params) - {"max_length", "padding", "truncation", "add_special_tokens", "final_id"}
     if not isinstance(length, int) or length < 1 or extra:
         raise ArtifactError(f"{where}: wrong parameters {[dict(s.params) for s in steps]}", remedy="compile again")
     if padding not in PADDINGS:
