@@ -123,6 +123,7 @@ def compile(
     stats_from: str | None = None,
     no_stats: bool = False,
     *,
+    recipe: str | Path | None = None,
     revision: str | None = None,
     observations: str | Path | None = None,
     allow_promote: bool = False,
@@ -138,6 +139,7 @@ def compile(
         target: "onnx-fp32", "gguf-q8", ...; see `vlac list`.
         out: a folder to write (replaced whole if it holds an earlier artifact), or a .gguf file.
         passes: "name:key=value,..." in order.
+        recipe: a YAML file of passes (vlac/recipes.py), applied before `passes`.
         spec: dimensions that file and config do not tell ({"text.head_dim": 64}).
         stats_key, stats_from, no_stats: where the statistics are, if not where they should be.
         observations: .npz with observations for the golden answers; seeded ones are made without it.
@@ -157,6 +159,9 @@ def compile(
     options: dict[str, Any] = {"single_file": True} if single_file else {}
     if single_file and "single_file" not in entry.options:
         raise VlacError(f"target {target} has no --single-file", remedy="it belongs to the onnx targets")
+    from vlac.recipes import read_recipe
+
+    steps = (*(read_recipe(recipe) if recipe is not None else ()), *passes)
     destination = Path(out)
     if not dry_run:
         check_destination(destination)
@@ -165,7 +170,7 @@ def compile(
         str(checkpoint),
         ReadOptions(revision, stats_key, stats_from, no_stats, dict(spec or {}), headers_only=False),
     )
-    policy = apply_passes(original, passes)
+    policy = apply_passes(original, steps)
     program, requested, role = lower_for(policy, entry, options)
     table = m.census(requested, program, role)
     m.refuse_promotion(table, allow_promote)

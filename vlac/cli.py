@@ -175,6 +175,9 @@ def compile_command(
         list[str] | None,
         typer.Option("--pass", metavar="NAME:K=V,...", help="A pass to apply; repeatable, in order."),
     ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="Passes from a file, applied before those of --pass.")
+    ] = None,
     spec: Spec = None,
     stats_key: StatsKey = None,
     stats_from: StatsFrom = None,
@@ -205,6 +208,7 @@ def compile_command(
             target=target,
             out=out,
             passes=passes or (),
+            recipe=recipe,
             spec=key_values(spec, "--spec"),
             stats_key=stats_key,
             stats_from=stats_from,
