@@ -65,7 +65,6 @@ def prefix_layers(b: StageBuilder, x: str, valid: str, rows: Dim, text: DecoderS
     block = blocks.block_ids(b, (rows, 0))
     mask = b.op("attention_mask", block, block, valid)
     positions = blocks.positions_of(b, valid)
-    b.output(valid, blocks.count_valid(b, valid))
     for i in range(text.num_hidden_layers):
         names = (f"prefix_k.{i}", f"prefix_v.{i}")
         x, k, v = blocks.decoder_layer(b, x, text, f"text.layers.{i}", positions, mask, kv_names=names)
@@ -77,6 +76,7 @@ def prefix_stage(vision: VisionSpec, text: DecoderSpec) -> Stage:
     """Images and prompt through PaliGemma, for an expert that reads its keys and values."""
     b = StageBuilder("prefix")
     x, valid = image_and_prompt(b, vision, text)
+    b.output(valid, blocks.count_valid(b, valid))
     prefix_layers(b, x, valid, prefix_rows(vision), text)
     return b.build()
 

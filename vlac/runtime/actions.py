@@ -9,6 +9,7 @@ import numpy as np
 
 from vlac.errors import InputError
 from vlac.io import Step
+from vlac.runtime.fast import fast_decode
 from vlac.runtime.observation import Array, StepFunction, apply_steps, span, statistics
 from vlac.runtime.token_bins import token_bins
 
@@ -47,6 +48,7 @@ ACTION_STEPS: dict[str, StepFunction] = {
     "unnormalise": unnormalise,
     "add_state": add_state,
     "token_bins": token_bins,
+    "fast_decode": fast_decode,
 }
 
 
