@@ -38,6 +38,7 @@ from vlac.gguf import (
 )
 from vlac.graph import Program, Stage
 from vlac.registry import Progress, Target, targets
+from vlac.targets._dialect_emit import dialects_of
 
 # --- which format a tensor gets ----------------------------------------------------------------------------------
 
@@ -258,7 +259,12 @@ def _target(name: str, recipe: Recipe) -> Target:
     ) -> None:
         _emit(recipe, program, sidecars, folder, options, progress)
 
-    return Target(name, _plan(recipe.linear), _lower, emit, engines=("ggml", "torch"), doc=recipe.doc)
+    def naming(manifest: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+        return file_name(manifest, recipe.label), _parts(manifest)
+
+    plan = _plan(recipe.linear)
+    dialects = dialects_of(plan, recipe.file_type, naming)
+    return Target(name, plan, _lower, emit, engines=("ggml", "torch"), doc=recipe.doc, dialects=dialects)
 
 
 for _name, _recipe in _RECIPES.items():

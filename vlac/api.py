@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlac.errors import Inapplicable, VlacError
-from vlac.registry import Pass, Progress, Target, silent
+from vlac.registry import Dialect, Pass, Progress, Target, silent
 
 if TYPE_CHECKING:
     from vlac.graph import Program
@@ -113,6 +113,25 @@ def lower_for(
     return check(target.lower(program, options)), requested, role
 
 
+def fit_for(policy: Policy, target: Target, dialect: str) -> tuple[Program, dict[str, str], dict[str, str]]:
+    """Like lower_for, for a file of another engine: the program as drawn, with the formats that the file will hold."""
+    from vlac.lower import roles
+
+    program = draw(policy)
+    role = roles(program)
+    fitted, requested = _dialect(target, dialect).fit(policy, program, role)
+    return fitted, requested, role
+
+
+def _dialect(target: Target, name: str) -> Dialect:
+    if name not in target.dialects:
+        raise VlacError(
+            f"target {target.name} has no dialect {name!r}; there are: {', '.join(target.dialects) or 'none'}",
+            remedy="dialects belong to the gguf targets",
+        )
+    return target.dialects[name]
+
+
 def compile(
     checkpoint: str | Path,
     target: str = "gguf-q8",
@@ -128,6 +147,7 @@ def compile(
     observations: str | Path | None = None,
     allow_promote: bool = False,
     single_file: bool = False,
+    dialect: str | None = None,
     dry_run: bool = False,
     goldens: int = 2,
     progress: Progress = silent,
@@ -144,6 +164,7 @@ def compile(
         stats_key, stats_from, no_stats: where the statistics are, if not where they should be.
         observations: .npz with observations for the golden answers; seeded ones are made without it.
         allow_promote: accept tensors that end in another format than the target asked for.
+        dialect: "qvac", "vla.cpp": a file that this other engine loads.
         goldens: how many observations are answered by the fp32 reference and stored.
 
     Returns: CompileResult. Raises VlacError before anything is written, or with the earlier artifact left whole.
@@ -171,7 +192,8 @@ def compile(
         ReadOptions(revision, stats_key, stats_from, no_stats, dict(spec or {}), headers_only=False),
     )
     policy = apply_passes(original, steps)
-    program, requested, role = lower_for(policy, entry, options)
+    fitted = fit_for(policy, entry, dialect) if dialect else lower_for(policy, entry, options)
+    program, requested, role = fitted
     table = m.census(requested, program, role)
     m.refuse_promotion(table, allow_promote)
     title = families.get(policy.family).title or policy.family
@@ -188,14 +210,28 @@ def compile(
         answered, floor = answer(original, given, progress)
         manifest = m.build(policy, entry, table, role, options, floor, kind, title)
         sidecars = Sidecars(str(program), policy.io.to_json(), manifest, policy.tokenizer, write_goldens(answered))
-        entry.emit(program, sidecars, temp, options, progress)
-        from vlac.artifact import open_artifact
+        if dialect:
+            _dialect(entry, dialect).emit(policy, program, sidecars, temp, progress)
+            name, final = _check_foreign(temp, dialect)
+        else:
+            entry.emit(program, sidecars, temp, options, progress)
+            from vlac.artifact import open_artifact
 
-        written = open_artifact(temp)
-        final = dict(written.manifest)
-        name = written.path.name if written.container == "gguf" else ""
+            written = open_artifact(temp)
+            final = dict(written.manifest)
+            name = written.path.name if written.container == "gguf" else ""
     path = destination if not name or destination.suffix == ".gguf" else destination / name
     return CompileResult(path, final)
+
+
+def _check_foreign(folder: Path, dialect: str) -> tuple[str, dict[str, Any]]:
+    """(file name, manifest) of the one file in a folder, after the strict check of its dialect."""
+    from vlac.gguf import read_gguf
+    from vlac.gguf_dialects import check_file, read_manifest
+
+    (path,) = folder.glob("*.gguf")
+    check_file(path, dialect)
+    return path.name, read_manifest(read_gguf(path)) or {}
 
 
 def load(

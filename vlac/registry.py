@@ -32,13 +32,15 @@ def silent(what: str, done: int, total: int) -> None:
 @dataclass(frozen=True)
 class Family:
     """How a model family is drawn. `from_lerobot` is used by the LeRobot reader (see vlac/readers/lerobot.py);
-    `title` is how people write its name ("SmolVLA")."""
+    `title` is how people write its name ("SmolVLA"); `spec` is its frozen dataclass of dimensions, for readers of files
+    that hold every one of them."""
 
     name: str
     build: Callable[[Policy], Program]
     from_lerobot: Callable[..., Any] | None = None
     doc: str = ""
     title: str = ""
+    spec: type[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,20 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class Dialect:
+    """How a target writes files for another engine: from the policy's own tensors, nothing fused or padded.
+
+    `fit(policy, drawn program, roles)` gives the program with the formats that the file will hold and the formats asked
+    for, or raises Unsupported with everything that engine cannot express; `emit(policy, fitted program, sidecars,
+    temporary folder, progress)` writes the file.
+    """
+
+    name: str
+    fit: Callable[[Policy, Program, Mapping[str, str]], tuple[Program, dict[str, str]]]
+    emit: Callable[[Policy, Program, Sidecars, Path, Progress], None]
+
+
+@dataclass(frozen=True)
 class Target:
     """A file layout with a precision.
 
@@ -95,6 +111,7 @@ class Target:
             layout's files into the folder. The caller renames the folder into place.
         engines: names of engines that can run the result, best first.
         options: option name -> help (e.g. "single_file").
+        dialects: name -> how files for another engine are written, for --dialect.
     """
 
     name: str
@@ -104,6 +121,7 @@ class Target:
     engines: tuple[str, ...]
     options: Mapping[str, str] = field(default_factory=dict)
     doc: str = ""
+    dialects: Mapping[str, Dialect] = field(default_factory=dict)
 
 
 E = TypeVar("E", Family, Reader, Pass, Target)

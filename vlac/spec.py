@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
-from vlac.errors import Unsupported
+from vlac.errors import CheckpointError, Unsupported
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,21 @@ class FlowSpec:
 
 
 T = TypeVar("T")
+
+
+def from_dims(cls: type[T], dims: Mapping[str, Any], prefix: str = "") -> T:
+    """A nested dataclass from dotted dimensions ("vision.hidden_size"); CheckpointError names one that is missing."""
+    values: dict[str, Any] = {}
+    hints = get_type_hints(cls)
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        name, kind = prefix + f.name, hints[f.name]
+        if dataclasses.is_dataclass(kind):
+            values[f.name] = from_dims(kind, dims, f"{name}.")
+        elif name in dims:
+            values[f.name] = kind(dims[name])
+        elif f.default is dataclasses.MISSING:
+            raise CheckpointError(f"the file does not tell {name}")
+    return cls(**values)
 
 
 def override(spec: T, changes: Mapping[str, Any]) -> T:

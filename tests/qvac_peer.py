@@ -1,0 +1,63 @@
+"""QVAC's real engine for tests: sets up inputs as it wants them and runs it in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlac.graph import Program
+from vlac.io import IO
+from vlac.runtime.inputs import prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+INSTALLED = ROOT / ".venv-qvac"
+BARE = INSTALLED / "node_modules" / ".bin" / "bare"
+
+Array = np.ndarray[Any, Any]
+
+
+def reason() -> str:
+    """Why the engine cannot run here, empty when it can."""
+    return "" if BARE.exists() else "QVAC's engine is not set up (scripts/peers/qvac.sh)"
+
+
+def call(io: IO, tokenizer: bytes | None, program: Program, **observation: Any) -> dict[str, Array]:
+    """One observation as the engine's arrays: pictures, state, tokens and mask as vlac's own runtime makes them."""
+    ready = prepare(io, tokenizer, program, **observation)
+    valid = ready.env["image_valid"].reshape(-1)
+    return {
+        "images": ready.env["pixels"][valid],
+        "state": ready.env["state"].reshape(-1),
+        "tokens": ready.env["tokens"].astype(np.int32),
+        "mask": ready.env["token_valid"].astype(np.uint8),
+        "noise": ready.env["noise"],
+    }
+
+
+def run(model: Path, calls: Sequence[dict[str, Array]], io: IO, folder: Path) -> tuple[list[Array], dict[str, Any]]:
+    """(normalised actions [chunk_size, action_dim] per call, the engine's hparams). CalledProcessError if it fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    job: dict[str, Any] = {"model": str(model.resolve()), "size": io.image_size, "calls": []}
+    for i, values in enumerate(calls):
+        row: dict[str, Any] = {"out": str(folder / f"{i}.out"), "images": []}
+        for name, array in values.items():
+            parts = array if name == "images" else [array]
+            for k, part in enumerate(parts):
+                file = folder / f"{i}.{name}.{k}"
+                file.write_bytes(np.ascontiguousarray(part).tobytes())
+                row[name] = [*row["images"], str(file)] if name == "images" else str(file)
+        job["calls"].append(row)
+    (folder / "job.json").write_text(json.dumps(job))
+    done = subprocess.run(
+        [str(BARE), "run.js", str(folder / "job.json")], cwd=INSTALLED, capture_output=True, text=True, timeout=600
+    )
+    if done.returncode:
+        raise RuntimeError(f"QVAC's engine ended with {done.returncode}: {done.stderr[-600:]}")
+    shape = (io.chunk_size, io.action_dim)
+    answers = [np.fromfile(row["out"], "<f4").reshape(shape) for row in job["calls"]]
+    return answers, json.loads(done.stdout.strip().splitlines()[-1])["hparams"]
