@@ -1,0 +1,251 @@
+"""OpenVLA (Kim et al. 2024, arXiv 2406.09246): fused DINOv2 and SigLIP towers, Llama decoder, actions as greedy tokens.
+
+OpenVLA-OFT (Kim et al. 2025, arXiv 2502.19645) is the same network read once, bidirectionally, with an L1 head or the
+argmax of every action's position. How tokens become numbers is a step of the runtime (`token_bins`), so other
+discretised decoders (RT-2's cells, ascending ids, argmax over the bins only) are `BinsSpec` options.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from vlac import blocks, blocks_decode, blocks_timm
+from vlac.blocks import Shapes, linear
+from vlac.blocks_timm import TowerSpec, linear_shapes
+from vlac.dims import Dim, symbol
+from vlac.graph import Call, Param, Program, Repeat, Schedule, Stage, StageBuilder, Symbol, check
+from vlac.policy import Policy
+from vlac.registry import Family, families
+from vlac.spec import DecoderSpec
+from vlac.weights import Weights
+
+
+@dataclass(frozen=True)
+class BinsSpec:
+    """Which ids mean which bins of [-1, 1]: bin i has the id first + direction * i (vlac.runtime.token_bins).
+
+    `restricted`: only these `count` ids compete in the argmax; OpenVLA's own decoding takes the whole vocabulary.
+    """
+
+    count: int = 256
+    kind: str = "edges"
+    first: int = 0
+    direction: int = -1
+    restricted: bool = False
+
+    @property
+    def lowest(self) -> int:
+        """The smallest id that means a bin."""
+        return self.first if self.direction > 0 else self.first - self.count + 1
+
+
+@dataclass(frozen=True)
+class OpenVLASpec:
+    """Dimensions. `fused` is the second tower, if there is one; both see the same picture and have one patch grid.
+
+    parallel: OpenVLA-OFT. `proprio_dim` 0 = the network reads no state; `head_blocks` -1 = no L1 head, else its
+    residual blocks.
+    """
+
+    vision: TowerSpec
+    fused: TowerSpec | None
+    text: DecoderSpec
+    action_dim: int
+    bins: BinsSpec = field(default_factory=BinsSpec)
+    tokenizer_max_length: int = 64
+    end_token_id: int = 2
+    parallel: bool = False
+    chunk_size: int = 1
+    num_images_in_input: int = 1
+    proprio_dim: int = 0
+    head_blocks: int = -1
+    action_bounds: str = "q99"
+
+    @property
+    def towers(self) -> tuple[TowerSpec, ...]:
+        return (self.vision,) if self.fused is None else (self.vision, self.fused)
+
+    @property
+    def image_rows(self) -> int:
+        """Rows that all pictures together give the decoder."""
+        return self.num_images_in_input * self.vision.grid**2
+
+
+# --- weights ---------------------------------------------------------------------------------------------------
+
+
+def shapes(spec: OpenVLASpec) -> Shapes:
+    """Shape of every weight the program reads."""
+    d, width = spec.text.hidden_size, sum(t.hidden_size for t in spec.towers)
+    result = blocks_timm.towers_shapes(spec.towers, "vision.towers")
+    hidden = [width, 4 * width, d, d] if spec.fused else [width, d, d]
+    for i, (columns, rows) in enumerate(itertools.pairwise(hidden), 1):
+        result |= linear_shapes(f"connector.fc{i}", rows, columns)
+    result["text.embed_tokens.weight"] = (spec.text.vocab_size, d)
+    for i in range(spec.text.num_hidden_layers):
+        result |= blocks.decoder_layer_shapes(spec.text, f"text.layers.{i}")
+    result["text.norm.weight"] = (d,)
+    if spec.proprio_dim:
+        result |= linear_shapes("state_proj.fc1", d, spec.proprio_dim) | linear_shapes("state_proj.fc2", d, d)
+    if spec.head_blocks < 0:
+        result["text.lm_head.weight"] = (spec.bins.count if spec.bins.restricted else spec.text.vocab_size, d)
+        return result
+    read = spec.action_dim * d
+    result |= {"head.norm1.weight": (read,), "head.norm1.bias": (read,)} | linear_shapes("head.fc1", d, read)
+    for i in range(spec.head_blocks):
+        result |= {f"head.blocks.{i}.norm.weight": (d,), f"head.blocks.{i}.norm.bias": (d,)}
+        result |= linear_shapes(f"head.blocks.{i}.fc", d, d)
+    result |= {"head.norm2.weight": (d,), "head.norm2.bias": (d,)}
+    return result | linear_shapes("head.fc2", spec.action_dim, d)
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------
+
+
+def build(policy: Policy) -> Program:
+    """`vision` per picture; then `prefill` once and `decode` per token, or `policy` once (OpenVLA-OFT).
+
+    Symbol T: prompt tokens. Result: `action_tokens` i32, or `actions` f32 [chunk_size, action_dim].
+    """
+    spec = policy.spec
+    assert isinstance(spec, OpenVLASpec)
+    if spec.parallel:
+        stages: tuple[Stage, ...] = (_vision(spec), _policy(spec))
+        steps: tuple[Call | Repeat, ...] = (Call("vision", each="camera"), Call("policy"))
+    else:
+        stages = (_vision(spec), _prefill(spec), _decode(spec))
+        turns = spec.chunk_size * spec.action_dim
+        loop = blocks_decode.decoding_loop(turns, spec.text.num_hidden_layers, collect=(("logits", "step_logits"),))
+        steps = (Call("vision", each="camera"), Call("prefill"), loop)
+    known = shapes(spec)
+    return check(
+        Program(
+            name=policy.family,
+            symbols=(Symbol("T", blocks.token_buckets(spec.tokenizer_max_length)),),
+            stages=stages,
+            params={name: Param(shape) for name, shape in known.items()},
+            schedule=Schedule(steps, "actions" if spec.head_blocks >= 0 else "action_tokens"),
+            weights=Weights({name: policy.weights[name] for name in known}),
+        )
+    )
+
+
+def _vision(spec: OpenVLASpec) -> Stage:
+    """One picture, normalised for each tower (channels 3i to 3i+2 for tower i) -> its rows for the decoder."""
+    b = StageBuilder("vision")
+    side = spec.vision.image_size
+    pixels = b.input("pixels", "f32", spec.vision.num_channels * len(spec.towers), side, side)
+    x = blocks_timm.towers(b, pixels, spec.towers, "vision.towers")
+    last = 3 if spec.fused else 2
+    for i in range(1, last):
+        x = b.op("gelu", linear(b, x, f"connector.fc{i}", bias=True), approximate="none")
+    b.output(linear(b, x, f"connector.fc{last}", bias=True, as_="image_tokens"))
+    return b.build()
+
+
+def _prompt(b: StageBuilder, spec: OpenVLASpec, more: tuple[str, ...] = ()) -> tuple[str, str, str, str]:
+    """(tokens, their validity, embeddings, validity of those): the first token, pictures, `more`, the other tokens."""
+    count = symbol("T")
+    tokens, valid = b.input("tokens", "i32", count), b.input("token_valid", "bool", count)
+    images = b.input("image_tokens", "f32", spec.image_rows, spec.text.hidden_size)
+    embedded = b.op("embed", tokens, "@text.embed_tokens.weight")
+    first, rest = (b.op("slice", embedded, axis=0, start=i, stop=j) for i, j in ((0, 1), (1, count)))
+    x = b.op("concat", first, images, *more, rest, axis=0, name="prompt_embeddings")
+    return tokens, valid, x, b.op("full", shape=(1 + spec.image_rows + len(more),), value=1.0, dtype="bool")
+
+
+def _prefill(spec: OpenVLASpec) -> Stage:
+    """Pictures and prompt through the decoder, causally; leaves keys and values, and where decoding starts."""
+    b = StageBuilder("prefill")
+    tokens, valid, x, front = _prompt(b, spec)
+    count, rows = symbol("T"), _rows(spec)
+    order = b.op("arange", start=0, stop=rows)
+    real = b.op("concat", front, b.op("slice", valid, axis=0, start=1, stop=count), axis=0)
+    mask = b.op("attention_mask", order, order, real)
+    b.output(*blocks_decode.last_token(b, tokens, valid, before=spec.image_rows))
+    b.output(b.op("concat", front, blocks_decode.without_last(b, valid, 1, count), axis=0, name="prompt_valid"))
+    b.output(blocks_decode.empty_cache(b, spec.chunk_size * spec.action_dim, spec.text))
+    for i in range(spec.text.num_hidden_layers):
+        names = (f"prefix_k.{i}", f"prefix_v.{i}")
+        x, *_ = blocks.decoder_layer(b, x, spec.text, f"text.layers.{i}", order, mask, kv_names=names)
+        b.output(*names)
+    return b.build()
+
+
+def _rows(spec: OpenVLASpec) -> Dim:
+    return symbol("T") + spec.image_rows
+
+
+def _decode(spec: OpenVLASpec) -> Stage:
+    """One token in, the next one and its logits out."""
+    b = StageBuilder("decode")
+    turn, token = b.input("turn", "i32", 1), b.input("token", "i32", 1)
+    x = b.op("embed", token, "@text.embed_tokens.weight")
+    turns = spec.chunk_size * spec.action_dim
+    x = blocks_decode.decoder_turn(b, x, turn, turns, _rows(spec), spec.text, "text")
+    b.output(_choose(b, x, spec, "next_token"), "logits")
+    return b.build()
+
+
+def _choose(b: StageBuilder, x: str, spec: OpenVLASpec, name: str) -> str:
+    """The likeliest id of each row; its `logits` are over the bins' ids only where the argmax is restricted to them."""
+    logits = linear(b, blocks.rms_norm(b, x, spec.text, "text.norm"), "text.lm_head", as_="logits")
+    if not spec.bins.restricted:
+        return b.op("argmax", logits, name=name)
+    lowest = b.op("full", shape=(1,), value=float(spec.bins.lowest), dtype="i32")
+    return b.op("add", b.op("argmax", logits), lowest, name=name)
+
+
+def _policy(spec: OpenVLASpec) -> Stage:
+    """OpenVLA-OFT: one bidirectional pass; row i of the actions is read where token i - 1 stands.
+
+    Sequence: prompt with pictures (and state), zeros in place of the action tokens, the end token. The prompt's last
+    token is put behind the padding, so that its row has a fixed place; rows know their order by position only.
+    """
+    b = StageBuilder("policy")
+    d, count, actions = spec.text.hidden_size, symbol("T"), spec.chunk_size * spec.action_dim
+    more = (_proprio(b, spec),) if spec.proprio_dim else ()
+    tokens, valid, prompt, front = _prompt(b, spec, more)
+    token, _ = blocks_decode.last_token(b, tokens, valid)
+    last = b.op("embed", token, "@text.embed_tokens.weight")
+    zeros = b.op("full", shape=(actions, d), value=0.0, dtype="f32")
+    end = b.op("full", shape=(1,), value=float(spec.end_token_id), dtype="i32")
+    x = b.op("concat", prompt, last, zeros, b.op("embed", end, "@text.embed_tokens.weight"), axis=0)
+    behind = b.op("full", shape=(actions + 2,), value=1.0, dtype="bool")
+    real = b.op("concat", front, blocks_decode.without_last(b, valid, 1, count), behind, axis=0)
+    start = _rows(spec) + len(more)
+    block = blocks.block_ids(b, (start + actions + 2, 0))
+    mask, positions = b.op("attention_mask", block, block, real), blocks.positions_of(b, real)
+    for i in range(spec.text.num_hidden_layers):
+        x, *_ = blocks.decoder_layer(b, x, spec.text, f"text.layers.{i}", positions, mask)
+    x = b.op("slice", x, axis=0, start=start, stop=start + actions, name="action_hidden")
+    b.output(_choose(b, x, spec, "action_tokens") if spec.head_blocks < 0 else _l1_head(b, x, spec))
+    return b.build()
+
+
+def _proprio(b: StageBuilder, spec: OpenVLASpec) -> str:
+    state = linear(b, b.input("state", "f32", 1, spec.proprio_dim), "state_proj.fc1", bias=True)
+    return linear(b, b.op("gelu", state, approximate="none"), "state_proj.fc2", bias=True)
+
+
+def _l1_head(b: StageBuilder, x: str, spec: OpenVLASpec) -> str:
+    """[chunk * action_dim, width] -> `actions` [chunk, action_dim]: a residual MLP on one step's rows side by side."""
+
+    def norm(x: str, name: str) -> str:
+        return b.op("layer_norm", x, f"@{name}.weight", f"@{name}.bias", eps=1e-5)
+
+    x = blocks.rms_norm(b, x, spec.text, "text.norm")
+    x = b.op("reshape", x, shape=(spec.chunk_size, spec.action_dim * spec.text.hidden_size))
+    x = b.op("relu", linear(b, norm(x, "head.norm1"), "head.fc1", bias=True))
+    for i in range(spec.head_blocks):
+        name = f"head.blocks.{i}"
+        x = b.op("add", x, b.op("relu", linear(b, norm(x, f"{name}.norm"), f"{name}.fc", bias=True)))
+    return linear(b, norm(x, "head.norm2"), "head.fc2", bias=True, as_="actions")
+
+
+FAMILY = families.add(
+    Family(
+        "openvla", build, doc="fused towers and a Llama decoder; action tokens, or OFT", title="OpenVLA"
+    )
+)
