@@ -105,9 +105,11 @@ def lower_for(
     """The program ready to emit, the format requested for each tensor, and each tensor's role."""
     from vlac.graph import check
     from vlac.lower import assign_formats, lower, roles
+    from vlac.rewrites.rotate import rotate_inputs
 
     program = lower(draw(policy))
     program = assign_formats(program, target.plan, policy.precision)
+    program = rotate_inputs(program, policy.rotations)
     requested = {name: p.format for name, p in program.params.items()}
     role = roles(program)
     return check(target.lower(program, options)), requested, role
@@ -118,9 +120,8 @@ def fit_for(policy: Policy, target: Target, dialect: str) -> tuple[Program, dict
     from vlac.lower import roles
 
     program = draw(policy)
-    role = roles(program)
-    fitted, requested = _dialect(target, dialect).fit(policy, program, role)
-    return fitted, requested, role
+    fitted, requested = _dialect(target, dialect).fit(policy, program)
+    return fitted, requested, roles(program)
 
 
 def _dialect(target: Target, name: str) -> Dialect:
@@ -142,6 +143,9 @@ def compile(
     stats_from: str | None = None,
     no_stats: bool = False,
     *,
+    unnorm_key: str | None = None,
+    embodiment: str | None = None,
+    tokenizer: str | Path | None = None,
     recipe: str | Path | None = None,
     revision: str | None = None,
     observations: str | Path | None = None,
@@ -162,6 +166,9 @@ def compile(
         recipe: a YAML file of passes (vlac/recipes.py), applied before `passes`.
         spec: dimensions that file and config do not tell ({"text.head_dim": 64}).
         stats_key, stats_from, no_stats: where the statistics are, if not where they should be.
+        unnorm_key: whose statistics of a checkpoint that was trained on several datasets (OpenVLA).
+        embodiment: which robot of a checkpoint that knows several (GR00T).
+        tokenizer: a tokenizer.json, or a folder with one, where the checkpoint holds none.
         observations: .npz with observations for the golden answers; seeded ones are made without it.
         allow_promote: accept tensors that end in another format than the target asked for.
         dialect: "qvac", "vla.cpp": a file that this other engine loads.
@@ -189,7 +196,16 @@ def compile(
     progress("reading the checkpoint", 0, 0)
     original = read_policy(
         str(checkpoint),
-        ReadOptions(revision, stats_key, stats_from, no_stats, dict(spec or {}), headers_only=False),
+        ReadOptions(
+            revision,
+            stats_key,
+            stats_from,
+            no_stats,
+            dict(spec or {}),
+            unnorm_key=unnorm_key,
+            embodiment=embodiment,
+            tokenizer=None if tokenizer is None else str(tokenizer),
+        ),
     )
     policy = apply_passes(original, steps)
     fitted = fit_for(policy, entry, dialect) if dialect else lower_for(policy, entry, options)

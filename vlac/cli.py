@@ -35,6 +35,9 @@ StatsKey = Annotated[str | None, typer.Option(help="Name under which the checkpo
 StatsFrom = Annotated[str | None, typer.Option(help="File or checkpoint to take statistics from.")]
 NoStats = Annotated[bool, typer.Option("--no-stats", help="Without statistics: normalised units only.")]
 Spec = Annotated[list[str] | None, typer.Option("--spec", metavar="K=V", help="A dimension, such as text.head_dim=64.")]
+UnnormKey = Annotated[str | None, typer.Option(help="Dataset whose statistics are used, where there are several.")]
+Embodiment = Annotated[str | None, typer.Option(help="Robot to compile for, where the checkpoint knows several.")]
+TokenizerPath = Annotated[str | None, typer.Option("--tokenizer", help="tokenizer.json or its folder, if not there.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 
 
@@ -143,6 +146,9 @@ def inspect_command(
     stats_from: StatsFrom = None,
     no_stats: NoStats = False,
     spec: Spec = None,
+    unnorm_key: UnnormKey = None,
+    embodiment: Embodiment = None,
+    tokenizer: TokenizerPath = None,
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -154,7 +160,12 @@ def inspect_command(
     from vlac.registry import ReadOptions
     from vlac.tables import as_json
 
-    options = ReadOptions(revision, stats_key, stats_from, no_stats, key_values(spec, "--spec"))
+    options = ReadOptions(
+        *(revision, stats_key, stats_from, no_stats, key_values(spec, "--spec")),
+        unnorm_key=unnorm_key,
+        embodiment=embodiment,
+        tokenizer=tokenizer,
+    )
     with progress.progress(json_output or quiet) as show:
         if program or after:
             text = facts.program_text(path, after=after, options=options, progress=show)
@@ -179,6 +190,9 @@ def compile_command(
         Path | None, typer.Option(metavar="FILE.yaml", help="Passes from a file, applied before those of --pass.")
     ] = None,
     spec: Spec = None,
+    unnorm_key: UnnormKey = None,
+    embodiment: Embodiment = None,
+    tokenizer: TokenizerPath = None,
     stats_key: StatsKey = None,
     stats_from: StatsFrom = None,
     no_stats: NoStats = False,
@@ -210,6 +224,9 @@ def compile_command(
             passes=passes or (),
             recipe=recipe,
             spec=key_values(spec, "--spec"),
+            unnorm_key=unnorm_key,
+            embodiment=embodiment,
+            tokenizer=tokenizer,
             stats_key=stats_key,
             stats_from=stats_from,
             no_stats=no_stats,
@@ -248,6 +265,9 @@ def parity_command(
     stats_from: StatsFrom = None,
     no_stats: NoStats = False,
     spec: Spec = None,
+    unnorm_key: UnnormKey = None,
+    embodiment: Embodiment = None,
+    tokenizer: TokenizerPath = None,
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -261,8 +281,13 @@ def parity_command(
     from vlac.report import parity_text
     from vlac.tables import as_json
 
-    how = any((revision, stats_key, stats_from, no_stats, spec))
-    read = ReadOptions(revision, stats_key, stats_from, no_stats, key_values(spec, "--spec")) if how else None
+    how = any((revision, stats_key, stats_from, no_stats, spec, unnorm_key, embodiment, tokenizer))
+    read = ReadOptions(
+        *(revision, stats_key, stats_from, no_stats, key_values(spec, "--spec")),
+        unnorm_key=unnorm_key,
+        embodiment=embodiment,
+        tokenizer=tokenizer,
+    )
     with progress.progress(json_output or quiet) as show:
         report = parity(
             path,
@@ -271,7 +296,7 @@ def parity_command(
             engine=engine,
             threads=threads,
             limits=limit or (),
-            read=read,
+            read=read if how else None,
             progress=show,
         )
     typer.echo(as_json(report) if json_output else parity_text(report))

@@ -45,7 +45,8 @@ class Family:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What the user said about reading: --revision, --stats-key, --stats-from, --no-stats, --spec, more by reader.
+    """What the user said about reading: --revision, --stats-key, --stats-from, --no-stats, --spec, --unnorm-key,
+    --embodiment, --tokenizer.
 
     `headers_only` = inspect: problems become warnings instead of errors and no tensor data is read.
     """
@@ -56,6 +57,9 @@ class ReadOptions:
     no_stats: bool = False
     spec: Mapping[str, Any] = field(default_factory=dict)
     headers_only: bool = False
+    unnorm_key: str | None = None
+    embodiment: str | None = None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,13 @@ class Pass:
 class Dialect:
     """How a target writes files for another engine: from the policy's own tensors, nothing fused or padded.
 
-    `fit(policy, drawn program, roles)` gives the program with the formats that the file will hold and the formats asked
+    `fit(policy, drawn program)` gives the program with the formats that the file will hold and the formats asked
     for, or raises Unsupported with everything that engine cannot express; `emit(policy, fitted program, sidecars,
     temporary folder, progress)` writes the file.
     """
 
     name: str
-    fit: Callable[[Policy, Program, Mapping[str, str]], tuple[Program, dict[str, str]]]
+    fit: Callable[[Policy, Program], tuple[Program, dict[str, str]]]
     emit: Callable[[Policy, Program, Sidecars, Path, Progress], None]
 
 
