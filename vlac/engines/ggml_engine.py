@@ -144,8 +144,10 @@ class StageGraph:
                 raise EngineError(f"stage {self.plan.stage.name}: ggml stopped with status {status}")
         result = {name: self._output(name) for name in self.plan.stage.outputs if name not in self.plan.after}
         for name, node in self.plan.after.items():
-            operands = [result[i] if i in result else self._output(i) for i in node.inputs]
-            result[name] = OPS[node.op].reference(operands, node.attr)
+            for i in node.inputs:
+                if i not in result:
+                    result[i] = self._output(i)
+            result[name] = OPS[node.op].reference([result[i] for i in node.inputs], node.attr)
         return {name: result[name] for name in self.plan.stage.outputs}
 
     def _take(self, inputs: Values, fresh: bool) -> set[str]:

@@ -50,7 +50,7 @@ class StagePlan:
     depends: Mapping[str, frozenset[str]]
     """host value -> stage inputs it is computed from."""
     after: Mapping[str, Node]
-    """outputs that the host computes from results of the graph, when it has run."""
+    """what the host computes from results of the graph, in order, when it has run."""
 
     def on_host(self, name: str) -> bool:
         return name in self.depends
@@ -70,7 +70,7 @@ def plan_stage(stage: Stage, params: Mapping[str, Param], able: Container[str]) 
         else:
             rest[node.name] = node
     graph, readers = _needed(stage, rest)
-    after = {name: n for name, n in graph.items() if n.op == "argmax" and readers[name] == 1 and name in stage.outputs}
+    after = _after(graph, types)
     graph = {name: n for name, n in graph.items() if name not in after}
     plan = StagePlan(stage, types, host, graph, readers, depends, after)
     for node in graph.values():
@@ -81,6 +81,18 @@ def plan_stage(stage: Stage, params: Mapping[str, Param], able: Container[str]) 
                 remedy="run this artifact with --engine torch",
             )
     return plan
+
+
+def _after(graph: Mapping[str, Node], types: Mapping[str, Type]) -> dict[str, Node]:
+    """An argmax and the index arithmetic behind it, where nothing of the graph reads them: the host does these, because
+    ggml's own argmax takes the last of equal values."""
+    after: dict[str, Node] = {}
+    for name, n in graph.items():
+        follows = OPS[n.op].host and types[name].dtype != "f32" and any(i in after for i in n.inputs)
+        if n.op == "argmax" or follows:
+            after[name] = n
+    read = {i for name, n in graph.items() if name not in after for i in n.inputs}
+    return {} if read & set(after) else after
 
 
 def _needed(stage: Stage, rest: Mapping[str, Node]) -> tuple[dict[str, Node], dict[str, int]]:
