@@ -30,8 +30,8 @@ def test_flow_steps_changes_the_time_grid_only(policy: Policy) -> None:
     assert after.flow.dts == (-0.25,) * 4
     assert (after.flow.min_period, after.flow.max_period) == (policy.flow.min_period, policy.flow.max_period)
     (applied,) = after.history
-    assert applied.name == "flow-steps" and applied.params == {"steps": 4}
-    assert applied.figures == {"steps_before": 10, "steps_after": 4}
+    assert applied.name == "flow-steps" and applied.params["steps"] == 4
+    assert (applied.figures["steps_before"], applied.figures["steps_after"]) == (10, 4)
     assert after.replace(flow=policy.flow, history=()) == policy
 
 
