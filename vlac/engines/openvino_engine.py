@@ -17,6 +17,7 @@ from vlac.artifact import Artifact
 from vlac.engines.base import Engine, EngineSession, NpArray, Values
 from vlac.engines.onnx_files import SINGLE, default_threads, graph_files, integer_formats, repeated_stages
 from vlac.errors import EngineError
+from vlac.graph import Program, Stage, infer_stage
 
 DECLINES: Mapping[str, str] = {
     "time_embedding": "OpenVINO computes its float64 sinusoids in float32; lowering turns them into a table of steps",
@@ -24,6 +25,8 @@ DECLINES: Mapping[str, str] = {
 """op -> why this engine does not run it."""
 
 PRECISIONS = ("f32", "bf16")
+FEW_ROWS = 9
+"""Attention and MLPs over fewer rows than this are kept from OpenVINO's code generator: see `_snippets`."""
 _NATIVE_ERRORS = (RuntimeError, ValueError, TypeError, OSError)
 
 
@@ -50,6 +53,7 @@ class OpenVinoSession(EngineSession):
         program = artifact.program
         for stage, path in files.items():
             properties = _properties(artifact, device, count, precisions[stage])
+            properties |= _snippets(program, stage, device)
             inputs = None if self._single else [n for n, _ in program.stage(stage).inputs]
             self._outputs[stage] = (program.schedule.result,) if self._single else program.stage(stage).outputs
             self._open(stage, path, device, properties, inputs)
@@ -132,6 +136,36 @@ def _properties(artifact: Artifact, device: str, threads: int, precision: str) -
         "ENABLE_CPU_PINNING": False,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
     }
+
+
+def _snippets(program: Program, stage: str, device: str) -> dict[str, str]:
+    """Turns generated kernels off where they are known to fail; all other stages keep them, for they are the fast ones.
+
+    OpenVINO 2026.4 ends the process when it compiles linear -> activation -> linear over 1 to 8 rows, and refuses
+    masked grouped heads with one query. Of 720 random stages all compile without, and all from 9 rows on with.
+    """
+    stages = program.stages if stage == SINGLE else (program.stage(stage),)
+    off = device == "CPU" and any(_few_rows(s, program) for s in stages)
+    return {"SNIPPETS_MODE": "DISABLE"} if off else {}
+
+
+def _few_rows(stage: Stage, program: Program) -> bool:
+    """Whether the stage has attention, or a linear after another linear, over less than FEW_ROWS rows."""
+    types = infer_stage(stage, program.params)
+
+    def few(value: str) -> bool:
+        shape = types[value].shape if value in types else ()
+        return bool(shape) and isinstance(shape[0], int) and shape[0] < FEW_ROWS
+
+    after: set[str] = set()  # values of few rows that depend on a linear
+    for n in stage.nodes:
+        if n.op == "attention" and (few(n.inputs[0]) or few(n.inputs[1])):
+            return True
+        if n.op == "linear" and n.inputs[0] in after:
+            return True
+        if few(n.name) and (n.op == "linear" or not after.isdisjoint(n.inputs)):
+            after.add(n.name)
+    return False
 
 
 class OpenVinoEngine(Engine):
