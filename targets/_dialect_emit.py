@@ -12,7 +12,6 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,13 +144,14 @@ def statistics(policy: Policy, layout: Layout) -> tuple[dict[str, LazyTensor], f
     if not layout.statistics:
         return {}, 1e-8, []
     tensors: dict[str, LazyTensor] = {}
-    eps, wrong = 1e-8, []
+    wrong: list[str] = []
+    eps = 1e-8
     for part, steps, kind, size in (
         ("state", policy.io.state_steps, "normalise", policy.io.state_dim),
         ("action", policy.io.action_steps, "unnormalise", policy.io.action_dim),
     ):
         step = next((s for s in steps if s.step == kind), None)
-        params = step.params if step is not None else {"mean": [0.0] * size, "std": [1.0] * size}
+        params: Mapping[str, Any] = step.params if step is not None else {"mean": [0.0] * size, "std": [1.0] * size}
         if step is not None and params.get("mode") != layout.statistics:
             wrong.append(f"the {part} is normalised by {params.get('mode')}, the engine knows {layout.statistics}")
             continue
@@ -231,24 +231,25 @@ def _stored_rows(
     return rows, dims
 
 
-def fit(
-    dialect: str, plan: Plan, policy: Policy, program: Program, roles: Mapping[str, str]
-) -> tuple[Program, dict[str, str]]:
+def fit(dialect: str, plan: Plan, policy: Policy, program: Program) -> tuple[Program, dict[str, str]]:
     """The drawn program with each parameter's format in the file, and the formats asked for.
 
     Without an order from a pass, the layout's own choice counts as what was asked for: rows of 720 values can hold no
-    blocks in these files, which know no padding.
+    blocks in these files, which know no padding. Patterns of `quantize-weights` match the policy's own names here.
     """
+    from vlac.lower import assign_formats
+
     layout = layout_of(dialect, policy.family)
+    ordered = assign_formats(program, plan, policy.precision).params
+    planned = assign_formats(program, plan).params
     params, requested = dict(program.params), {}
     for _, ours, row, shape, _ in _stored_rows(policy, layout)[0]:
         if ours not in params:
             continue
-        order = next((fmt for pattern, fmt in reversed(policy.precision) if fnmatchcase(ours, pattern)), None)
-        wanted = order or plan(ours, params[ours].shape, roles.get(ours, "other"))
+        wanted = ordered[ours].format
         realised = _choose(wanted, row, layout, shape[-1])
         params[ours] = dataclasses.replace(params[ours], format=realised)
-        requested[ours] = order or realised
+        requested[ours] = wanted if wanted != planned[ours].format else realised
     return program.replace(params=params), requested
 
 
@@ -336,8 +337,8 @@ def dialects_of(plan: Plan, file_type: int, naming: Naming) -> dict[str, Dialect
     """The dialects of a GGUF target with this plan of formats."""
 
     def make(name: str) -> Dialect:
-        def fits(policy: Policy, program: Program, roles: Mapping[str, str]) -> tuple[Program, dict[str, str]]:
-            return fit(name, plan, policy, program, roles)
+        def fits(policy: Policy, program: Program) -> tuple[Program, dict[str, str]]:
+            return fit(name, plan, policy, program)
 
         def emits(policy: Policy, program: Program, sidecars: Sidecars, folder: Path, progress: Progress) -> None:
             emit(name, file_type, naming, policy, program, sidecars, folder, progress)

@@ -134,7 +134,10 @@ SMOLVLA = Layout(
                 and int(d["io.action_dim"]) <= int(d["max_action_dim"])
             ),
         ),
-        Check("periods {flow_min_period} to {flow_max_period}", lambda d: d["flow.min_period"] <= d["flow.max_period"]),
+        Check(
+            "periods {flow_min_period} to {flow_max_period}",
+            lambda d: float(d["flow.min_period"]) <= float(d["flow.max_period"]),
+        ),
     ),
     fixed={
         "vision.num_channels": 3,

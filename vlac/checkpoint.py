@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlac.errors import CheckpointError, Unsupported, VlacError
+from vlac.gguf_dialects import foreign_file
 from vlac.policy import Policy, Source
 from vlac.readers.hub import policy_folder, resolve
 from vlac.readers.safetensors_file import weight_files
@@ -23,7 +24,8 @@ def read_policy(checkpoint: str, options: ReadOptions | None = None) -> Policy:
     With `options.headers_only` no weight is read and problems that a person can fix become `Policy.warnings`.
     """
     options = options or ReadOptions()
-    path = policy_folder(resolve(checkpoint, options.revision))
+    path = resolve(checkpoint, options.revision)
+    path = foreign_file(path) or policy_folder(path)
     policy = _reader(path).read(path, options)
     return policy.replace(source=_source(checkpoint, path, options))
 
@@ -43,6 +45,9 @@ def _reader(path: Path) -> Reader:
 def _source(checkpoint: str, path: Path, options: ReadOptions) -> Source:
     """Sizes and sha256 of every JSON and weight file; of large files only when more than headers is read."""
     files: dict[str, dict[str, Any]] = {}
+    if path.is_file():
+        digest = {} if options.headers_only else {"sha256": sha256(path)}
+        return Source(checkpoint, "", {path.name: {"size": path.stat().st_size, **digest}})
     candidates = {*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*/*.json"), *weight_files(path)}
     for file in sorted(candidates):
         if not file.is_file():

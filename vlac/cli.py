@@ -38,6 +38,9 @@ Spec = Annotated[list[str] | None, typer.Option("--spec", metavar="K=V", help="A
 UnnormKey = Annotated[str | None, typer.Option(help="Dataset whose statistics are used, where there are several.")]
 Embodiment = Annotated[str | None, typer.Option(help="Robot to compile for, where the checkpoint knows several.")]
 TokenizerPath = Annotated[str | None, typer.Option("--tokenizer", help="tokenizer.json or its folder, if not there.")]
+DialectOf = Annotated[
+    str | None, typer.Option("--dialect", metavar="NAME", help="A file for another engine: qvac or vla.cpp.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 
 
@@ -149,6 +152,10 @@ def inspect_command(
     unnorm_key: UnnormKey = None,
     embodiment: Embodiment = None,
     tokenizer: TokenizerPath = None,
+    dialect: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The engine whose layout a GGUF file must have: qvac, vla.cpp or auto."),
+    ] = None,
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -171,7 +178,7 @@ def inspect_command(
             text = facts.program_text(path, after=after, options=options, progress=show)
             found = {"program": text}
         else:
-            found = facts.inspect(path, options=options, progress=show)
+            found = facts.inspect(path, options=options, dialect=dialect, progress=show)
             text = facts_text.text(found)
     typer.echo(as_json(found) if json_output else text.rstrip("\n"))
 
@@ -205,6 +212,7 @@ def compile_command(
         bool, typer.Option("--allow-promote", help="Accept tensors that end in another format than asked for.")
     ] = False,
     single_file: Annotated[bool, typer.Option("--single-file", help="One ONNX file with a Loop.")] = False,
+    dialect: DialectOf = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the census; write nothing.")
     ] = False,
@@ -234,6 +242,7 @@ def compile_command(
             observations=observations,
             allow_promote=allow_promote,
             single_file=single_file,
+            dialect=dialect,
             dry_run=dry_run,
             progress=show,
         )
@@ -276,6 +285,7 @@ def parity_command(
     Question 1: is the compiler right? Question 2: what did the recipe cost? Exit code 1 when a limit does not hold.
     """
     from vlac import progress
+    from vlac.adopt import runnable
     from vlac.parity import parity
     from vlac.registry import ReadOptions
     from vlac.report import parity_text
@@ -288,9 +298,9 @@ def parity_command(
         embodiment=embodiment,
         tokenizer=tokenizer,
     )
-    with progress.progress(json_output or quiet) as show:
+    with progress.progress(json_output or quiet) as show, runnable(path, read, goldens=2, progress=show) as artifact:
         report = parity(
-            path,
+            artifact,
             reference=reference,
             observations=observations,
             engine=engine,
@@ -299,6 +309,7 @@ def parity_command(
             read=read if how else None,
             progress=show,
         )
+    report["artifact"] = path
     typer.echo(as_json(report) if json_output else parity_text(report))
     if not report["ok"]:
         raise typer.Exit(1)
@@ -308,6 +319,7 @@ def parity_command(
 @guarded
 def bench_command(
     path: Annotated[str, typer.Argument(metavar="out/|FILE.gguf", help="An artifact.")],
+    stats_from: StatsFrom = None,
     engine: Engine = None,
     threads: Threads = None,
     runs: Annotated[
@@ -324,14 +336,17 @@ def bench_command(
     In a fresh process: cold load, first inference, steady state, memory, and what the board tells meanwhile.
     """
     from vlac import progress
+    from vlac.adopt import runnable
     from vlac.bench import bench
+    from vlac.registry import ReadOptions
     from vlac.report import bench_text
 
     if form not in ("md", "json", "csv", "jsonl"):
         raise InputError(f"-o {form!r}: there are md, json, csv, jsonl")
     form = "json" if json_output else form
-    with progress.progress(json_output or quiet or form != "md") as show:
-        report = bench(path, engine=engine, threads=threads, runs=runs, progress=show)
+    silent, read = json_output or quiet or form != "md", ReadOptions(stats_from=stats_from)
+    with progress.progress(silent) as show, runnable(path, read, goldens=1, progress=show) as artifact:
+        report = bench(artifact, engine=engine, threads=threads, runs=runs, progress=show)
     typer.echo(bench_text(report, form))
 
 
@@ -351,6 +366,7 @@ def run_command(
         str | None,
         typer.Option(metavar="robot|normalized", help="Units of state and actions; default: the artifact's."),
     ] = None,
+    stats_from: StatsFrom = None,
     engine: Engine = None,
     threads: Threads = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="chunk.npy", help="Write the chunk there.")] = None,
@@ -358,19 +374,22 @@ def run_command(
 ) -> None:
     """Act once on pictures, a state and a task."""
     from vlac.act_once import act_once, save
+    from vlac.adopt import runnable
+    from vlac.registry import ReadOptions
     from vlac.report import chunk_text
     from vlac.tables import as_json
 
-    answer = act_once(
-        path,
-        images=key_values(image, "--image"),
-        state=state,
-        task=task,
-        seed=seed,
-        units=units,
-        engine=engine,
-        threads=threads,
-    )
+    with runnable(path, ReadOptions(stats_from=stats_from)) as artifact:
+        answer = act_once(
+            artifact,
+            images=key_values(image, "--image"),
+            state=state,
+            task=task,
+            seed=seed,
+            units=units,
+            engine=engine,
+            threads=threads,
+        )
     if out is not None:
         save(out, answer["chunk"])
     typer.echo(as_json(answer) if json_output else chunk_text(answer))

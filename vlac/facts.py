@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlac import integrity
 from vlac.artifact import Artifact, open_artifact
 from vlac.errors import InputError
+from vlac.gguf_dialects import check_file, foreign_file
 from vlac.io import IO, Step
 from vlac.registry import Progress, ReadOptions, silent
 
@@ -24,16 +26,35 @@ if TYPE_CHECKING:
 _LOW_HIGH = (("min", "max"), ("q01", "q99"), ("q10", "q90"))
 
 
-def inspect(path: str | Path, *, options: ReadOptions | None = None, progress: Progress = silent) -> dict[str, Any]:
+def inspect(
+    path: str | Path,
+    *,
+    options: ReadOptions | None = None,
+    dialect: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
     """Facts of a checkpoint (folder or hub id), a .gguf file or an artifact folder, as JSON values.
 
     Args:
         options: how to read a checkpoint (revision, statistics, spec); artifacts need none.
+        dialect: the engine whose layout a GGUF file must have ("qvac", "vla.cpp"); None and "auto" find it out.
 
     Raises: VlacError when it can be read as neither.
     """
+    file = foreign_file(Path(path))
+    if file is None and dialect is not None:
+        raise InputError(
+            f"{path} is not a GGUF file of another engine", remedy="leave --dialect out, or give one such file"
+        )
+    if file is not None:
+        progress("checking every byte", 0, 0)
+        findings = check_file(file, dialect or "auto")
+        return {**checkpoint_facts(_read(file, options)), "dialect": findings.facts()}
     if is_artifact(path):
-        return artifact_facts(open_artifact(path))
+        artifact = open_artifact(path)
+        progress("checking every byte", 0, 0)
+        integrity.verify(artifact)
+        return artifact_facts(artifact)
     progress("reading headers", 0, 0)
     return checkpoint_facts(_read(path, options))
 
@@ -41,6 +62,8 @@ def inspect(path: str | Path, *, options: ReadOptions | None = None, progress: P
 def is_artifact(path: str | Path) -> bool:
     """Whether `path` is a .gguf file or a folder that a target wrote, rather than a checkpoint or a hub id."""
     p = Path(path)
+    if foreign_file(p) is not None:
+        return False
     if p.is_dir():
         return (p / "manifest.json").is_file() or (not (p / "config.json").is_file() and any(p.glob("*.gguf")))
     return p.suffix == ".gguf"

@@ -23,6 +23,10 @@ def text(f: Facts) -> str:
 
 def _head(f: Facts) -> list[str]:
     rows: list[tuple[str, Any]] = [("family", f["family"]), ("name", f["name"]), ("parameters", _parameters(f))]
+    if "dialect" in f:
+        d = f["dialect"]
+        rows.append(("file of", f"{d['engine']} (dialect {d['dialect']}, architecture {d['architecture']}), checked"))
+        rows += [("note", note) for note in d["notes"]]
     if f["kind"] == "artifact":
         source = f["source"]
         rows += [

@@ -20,7 +20,7 @@ from typing import Any, Union
 import numpy as np
 
 from vlac.errors import ArtifactError, Unsupported
-from vlac.gguf import GOLDEN, MANIFEST, MANIFEST_CRC, GgufFile, TensorInfo, Value, crc32, read_gguf
+from vlac.gguf import GOLDEN, MANIFEST, MANIFEST_CRC, PROGRAM, GgufFile, TensorInfo, Value, crc32, read_gguf
 
 Dim = Union[int, float, bool, str]
 Dims = Mapping[str, Dim]
@@ -399,6 +399,19 @@ def refusal(path: Path, layout: Layout, problems: Iterable[str]) -> ArtifactErro
     )
 
 
+def foreign_file(path: Path) -> Path | None:
+    """The GGUF file of another engine that `path` is, or that lies alone in the folder `path`; None for anything else.
+
+    Files that vlac's own engines open (they hold a program) are not foreign. Raises ArtifactError for a broken file.
+    """
+    if path.is_dir() and not any((path / name).is_file() for name in ("manifest.json", "config.json")):
+        found = sorted(path.glob("*.gguf"))
+        path = found[0] if len(found) == 1 else path
+    if path.suffix != ".gguf" or not path.is_file():
+        return None
+    return None if PROGRAM in read_gguf(path).metadata else path
+
+
 def read_manifest(file: GgufFile) -> dict[str, Any] | None:
     """The manifest that vlac put into a file of another engine, None where there is none. ArtifactError if damaged."""
     text = file.text(MANIFEST)
@@ -436,7 +449,12 @@ def damaged(file: GgufFile) -> Iterator[str]:
             yield f"tensor {name} does not match its checksum"
 
 
-_NUMPY = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype("<u2"), "f64": np.dtype("<f8")}
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype("<f4"),
+    "f16": np.dtype("<f2"),
+    "bf16": np.dtype("<u2"),
+    "f64": np.dtype("<f8"),
+}
 
 
 def _not_finite(file: GgufFile) -> Iterator[str]:

@@ -87,7 +87,7 @@ def from_dims(cls: type[T], dims: Mapping[str, Any], prefix: str = "") -> T:
     hints = get_type_hints(cls)
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         name, kind = prefix + f.name, hints[f.name]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             values[f.name] = from_dims(kind, dims, f"{name}.")
         elif name in dims:
             values[f.name] = kind(dims[name])

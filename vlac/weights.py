@@ -71,7 +71,7 @@ class LazyTensor:
         return LazyTensor(
             tuple(shape),
             lambda: np.concatenate([p.load() for p in parts], axis=axis),
-            first.dtype,
+            first.dtype if all(p.dtype == first.dtype for p in parts) else "f32",
             " + ".join(p.source for p in parts),
         )
 
