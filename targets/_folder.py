@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vlac.artifact import NpArray, Sidecars, sha256
+from vlac.artifact import NpArray, Sidecars, manifest_checksum, sha256
 from vlac.errors import Unsupported
 from vlac.graph import Program
 from vlac.layouts import (
@@ -169,5 +169,6 @@ def write_sidecars(folder: Path, sidecars: Sidecars, extra: Mapping[str, Any]) -
         if p.is_file()
     }
     manifest = {**sidecars.manifest, **extra, "files": files}
+    manifest["checksum"] = manifest_checksum(manifest)
     text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
     (folder / "manifest.json").write_text(text, encoding="utf-8", newline="\n")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from onnx_artifacts import LINEARS, flow_inputs, flow_program, relative_max, run_schedule, write
 
-from vlac.artifact import Artifact, open_artifact
+from vlac.artifact import Artifact, manifest_checksum, open_artifact
 from vlac.engines import onnxruntime_engine
 from vlac.engines.base import get_engine
 from vlac.engines.onnx_files import default_threads
@@ -35,6 +35,7 @@ def rehash(folder: Path) -> Artifact:
     for name, row in manifest["files"].items():
         data = (folder / name).read_bytes()
         row.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    manifest["checksum"] = manifest_checksum(manifest)
     path.write_text(json.dumps(manifest))
     return open_artifact(folder)
 

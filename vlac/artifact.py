@@ -177,6 +177,28 @@ def check_tensors(program: Program, tensors: Mapping[str, StoredTensor], where: 
             )
 
 
+def _read_checked(root: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
+    """A small file whose hash is checked now; weights are checked by vlac.integrity."""
+    path = checked_file(root, name, manifest)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from None
+    digest = manifest["files"][name].get("sha256")
+    if digest is not None and digest != hashlib.sha256(data).hexdigest():
+        raise ArtifactError(
+            f"{path} is not the file that was compiled: its sha256 is not the one in manifest.json",
+            remedy="copy the whole folder again, or compile again",
+        )
+    return data
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """sha256 of a manifest's JSON without its key "checksum"."""
+    rest = {k: v for k, v in manifest.items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _read_text(path: Path, root: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -192,18 +214,18 @@ def _open_folder(root: Path) -> Artifact:
         manifest = check_manifest(json.loads(_read_text(root / "manifest.json", root)), where)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ArtifactError(f"{where} is not JSON: {error}", remedy="compile again") from None
-    program = parse(_read_text(checked_file(root, "program.txt", manifest), root))
-    io = IO.from_json(_read_text(checked_file(root, "io.json", manifest), root))
-    tokenizer = (
-        checked_file(root, "tokenizer.json", manifest).read_bytes() if "tokenizer.json" in manifest["files"] else None
-    )
+    if "checksum" in manifest and manifest["checksum"] != manifest_checksum(manifest):
+        raise ArtifactError(f"{where} does not match its own checksum", remedy="copy it again, or compile again")
+    program = parse(_read_checked(root, "program.txt", manifest).decode())
+    io = IO.from_json(_read_checked(root, "io.json", manifest).decode())
+    tokenizer = _read_checked(root, "tokenizer.json", manifest) if "tokenizer.json" in manifest["files"] else None
     tensors = _folder_tensors(root, manifest)
     check_tensors(program, tensors, where)
     for name in manifest["files"]:
         checked_file(root, name, manifest)
 
     def golden() -> bytes | None:
-        return checked_file(root, "golden.npz", manifest).read_bytes() if "golden.npz" in manifest["files"] else None
+        return _read_checked(root, "golden.npz", manifest) if "golden.npz" in manifest["files"] else None
 
     return Artifact(root, "folder", program, io, manifest, tokenizer, tensors, golden)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlac import metrics
+from vlac import integrity, metrics
 from vlac.artifact import Artifact, Golden, open_artifact
 from vlac.engines.base import EngineSession
 from vlac.errors import EngineError, InputError, VlacError
@@ -118,6 +118,8 @@ def parity(
     """
     wanted = [metrics.parse_limit(text) for text in limits]
     artifact = open_artifact(path)
+    progress("checking every byte", 0, 0)
+    integrity.verify(artifact)
     given, source = _observations(artifact, observations)
     chosen = choose_engine(artifact, engine)
     name = chosen.name

@@ -21,6 +21,7 @@ import numpy as np
 from vlac.artifact import Artifact, open_artifact
 from vlac.engines.base import Engine, EngineSession, get_engine
 from vlac.errors import ArtifactError, EngineError, InputError, VlacWarning
+from vlac.integrity import Verification
 from vlac.io import IO
 from vlac.runtime.actions import ACTION_STEPS, apply_action_steps
 from vlac.runtime.inputs import Prepared, bind, prepare, resolve_units, runtime_types
@@ -181,6 +182,7 @@ class Session:
         )
         chosen = choose_engine(artifact, engine)
         self._engine: EngineSession | None = chosen.open(artifact, threads=threads, options=options)
+        self._verification = Verification(artifact)
         self._lock = threading.Lock()
         self._noted: tuple[str, ...] = ()
         self.stats: dict[str, float] = {}
@@ -256,6 +258,7 @@ class Session:
             x = execute(self.artifact.program, self._engine, ready.env, ready.symbols, stats=stats, collected=collected)
             steps = self.io.action_steps if units == "robot" else self.io.normalised_action_steps
             chunk = finite_chunk(apply_action_steps(steps, x, ready.state), self._engine.engine)
+            self._verification.wait()  # before the first chunk leaves: a damaged weight must not move an arm
             stats["total_ms"] = (time.perf_counter() - started) * 1e3
             self.stats, self._noted = stats, ready.warnings
             self.tokens = generated(self.artifact.program, collected)
@@ -267,6 +270,7 @@ class Session:
         """Frees the engine's memory; `act` fails afterwards. Closing twice is fine."""
         with self._lock:
             engine, self._engine = self._engine, None
+        self._verification.cancel()
         if engine is not None:
             engine.close()
 
