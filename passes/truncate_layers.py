@@ -259,7 +259,7 @@ def _apply(
     else:
         cosine = turns(policy, given)
         kept = choose(select, keep, cosine)
-        figures["influence"] = [round(float(1 - cosine[i, i + 1]), 6) for i in range(n)]
+        figures["influence"] = " ".join(f"{1 - cosine[i, i + 1]:.4f}" for i in range(n))
     after = dropped_whole(policy, kept) if mode == "drop" else tapped(policy, kept)
     if heal == "ridge":
         after, healed = heal_taps(policy, after, given)
@@ -267,7 +267,7 @@ def _apply(
     figures |= {
         "layers_before": n,
         "layers_after": len(kept),
-        "kept": list(kept),
+        "kept": "+".join(map(str, kept)),
         "parameters_before": calibrate.size(policy),
         "parameters_after": calibrate.size(after),
     }

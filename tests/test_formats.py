@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from vlac.engines import ggml_lib
 from vlac.errors import EngineError, Unsupported
-from vlac.formats import FORMATS, decode, encode
+from vlac.formats import FORMATS, decode, encode, int4_codes
 
 NpArray = np.ndarray[Any, Any]
 
@@ -64,6 +64,8 @@ def test_bytes_are_those_of_ggml(fmt: str) -> None:
 @given(x=rows, fmt=st.sampled_from(OWN))
 def test_own_encoders_agree_with_ggml_on_any_values(x: NpArray, fmt: str) -> None:
     x[np.abs(x) < 1e-30] = 0  # below, ggml's 1/d overflows and its result is undefined
+    given = int4_codes(x.reshape(-1, 32)) if fmt == "q4_0" else None
+    assume(given is None or (given[1].min(axis=1) == -8)[given[0][:, 0] != 0].all())  # else kept exactly, unlike ggml
     assert np.array_equal(encode(fmt, x), reference(fmt, x))
 
 

@@ -192,8 +192,36 @@ def _symmetric(x: F32, half: int) -> tuple[F32, Bytes]:
     return d, np.minimum(q, 2 * half - 1).astype(np.uint8)
 
 
+def int4_codes(x: F32) -> tuple[F32, F32] | None:
+    """(scales [n, 1], codes -8..7 [n, 32]) of blocks that already are code * float16 scale, within 1e-3 of a scale;
+    None if any block is not.
+
+    Rounding with care (vlac.rounding) leaves such values; they are stored as they are, not rounded a second time.
+    """
+    some = x[:: max(1, len(x) // 32)]
+    if len(some) < len(x) and int4_codes(some) is None:
+        return None
+    peak = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
+    scale, codes = np.zeros_like(peak), np.zeros_like(x)
+    left = np.flatnonzero(peak[:, 0])
+    for code in (-8, *(s * m for m in range(7, 0, -1) for s in (1, -1))):
+        with np.errstate(over="ignore"):
+            d = (peak[left] / np.float32(code)).astype(np.float16).astype(np.float32)
+        usable = np.isfinite(d) & (np.abs(d) > _TINY)
+        q = np.rint(np.divide(x[left], d, out=np.zeros_like(x[left]), where=usable))
+        fits = (np.abs(x[left] - q * d) <= 1e-3 * np.abs(d)).all(axis=1) & usable[:, 0] & (q <= 7).all(axis=1)
+        fits &= (q >= -8).all(axis=1)
+        scale[left[fits]], codes[left[fits]] = d[fits], q[fits]
+        left = left[~fits]
+    return None if left.size else (scale, codes)
+
+
 def _put_q4_0(x: F32, out: Bytes) -> None:
     d, q = _symmetric(x, 8)
+    given = int4_codes(x)
+    if given is not None:  # a block that uses code -8, or holds only zeros, is exact already
+        other = (given[1].min(axis=1) > -8) & (given[0][:, 0] != 0)
+        d[other], q[other] = given[0][other], (given[1][other] + 8).astype(np.uint8)
     out[:, :2] = _to_f16(d, "q4_0 scale").view(np.uint8)
     out[:, 2:] = q[:, :16] | (q[:, 16:] << 4)
 

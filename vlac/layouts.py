@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vlac.errors import ArtifactError
+from vlac.formats import int4_codes
 from vlac.weights import Array
 
 NpArray = np.ndarray[Any, Any]
@@ -48,12 +49,15 @@ def quantize_int4_blocks(w: Array, block: int = INT4_BLOCK) -> tuple[Int8, Array
     """Symmetric 4 bit, one scale per `block` inputs: w [N, K] -> q int8 [N, K] in -8..7, scale f32 [N, K/block].
 
     Of several candidate scales, each refitted by least squares (scale = <q, w> / <q, q>), the one with the smallest
-    squared error is kept, per block. K must be a multiple of `block`.
+    squared error is kept, per block. Blocks that are code * scale already keep both. K must be a multiple of `block`.
     """
     n, k = w.shape
     if k % block:
         raise ValueError(f"rows of {k} values are no multiple of {block}")
     blocks = np.ascontiguousarray(w, dtype=np.float32).reshape(n * (k // block), block)
+    given = int4_codes(blocks)
+    if given is not None and (given[0] >= 0).all():
+        return given[1].astype(np.int8).reshape(n, k), _nonzero(given[0][:, 0]).reshape(n, k // block)
     best_q = np.empty(blocks.shape, dtype=np.int8)
     best_scale = np.empty(len(blocks), dtype=np.float32)
     step = max(1, (1 << 20) // block)  # a few MB at a time: the candidates stay in cache

@@ -43,6 +43,8 @@ class Policy:
         io: inputs and outputs. tokenizer: bytes of tokenizer.json, if the policy reads text.
         precision: (pattern, format) pairs over weight names, last match wins; overrides the target's own plan.
         flow: solver and time grid, None for families without one.
+        rotations: (pattern, block) pairs: linears whose inputs are rotated block by block before they are multiplied,
+            their weights stored in that basis (vlac.rewrites.rotate); the weights here are in the plain one.
         kv: format of the key/value cache.
         history: what was applied. source: where it came from. warnings: what a person should know.
         ignored: config keys that do not act on inference, listed by `inspect`.
@@ -57,6 +59,7 @@ class Policy:
     source: Source
     tokenizer: bytes | None = None
     precision: tuple[tuple[str, str], ...] = ()
+    rotations: tuple[tuple[str, int], ...] = ()
     flow: FlowSpec | None = None
     kv: str = "f32"
     history: tuple[Applied, ...] = ()
