@@ -81,15 +81,14 @@ def _flow(spec: Pi0Spec, flow: FlowSpec) -> Stage:
     return b.build()
 
 
-# --- from LeRobot ----------------------------------------------------------------------------------------------
+# --- from a checkpoint -----------------------------------------------------------------------------------------
 
 RENAMED = {"time_mlp_in.": "action_time_mlp_in.", "time_mlp_out.": "action_time_mlp_out."}
 """Names that early files use."""
 
 
-def from_lerobot(checkpoint: LeRobotCheckpoint) -> Policy:
-    """The Policy of an opened LeRobot checkpoint of type "pi0"."""
-    shared = lerobot_pi.common(checkpoint, RENAMED)
+def spec_of(shared: paligemma.Common) -> Pi0Spec:
+    """Dimensions from what the reader found, --spec applied."""
     source = shared.source
     text = paligemma.text_spec(source)
     spec = Pi0Spec(
@@ -101,13 +100,20 @@ def from_lerobot(checkpoint: LeRobotCheckpoint) -> Policy:
         max_state_dim=shared.max_state_dim,
         tokenizer_max_length=shared.tokenizer_max_length,
     )
-    spec = override(spec, source.left_over())
+    return override(spec, source.left_over())
+
+
+def from_lerobot(checkpoint: LeRobotCheckpoint) -> Policy:
+    """The Policy of an opened LeRobot checkpoint of type "pi0"."""
+    shared = lerobot_pi.common(checkpoint, RENAMED)
+    source = shared.source
+    spec = spec_of(shared)
     return Policy(
         family="pi0",
         name=checkpoint.name,
         spec=spec,
         weights=paligemma.take_weights(source, shapes(spec)),
-        io=lerobot_pi.io(checkpoint, shared, text.vocab_size, padded_state=True),
+        io=lerobot_pi.io(checkpoint, shared, spec.text.vocab_size, padded_state=True),
         source=Source(str(checkpoint.folder)),
         tokenizer=checkpoint.tokenizer(),
         flow=lerobot_pi.flow_spec(checkpoint),

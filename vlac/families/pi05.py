@@ -94,11 +94,26 @@ def _flow(spec: Pi05Spec, flow: FlowSpec) -> Stage:
     return b.build()
 
 
-# --- from LeRobot ----------------------------------------------------------------------------------------------
+# --- from a checkpoint -----------------------------------------------------------------------------------------
 
 RENAMED = {"action_time_mlp_in.": "time_mlp_in.", "action_time_mlp_out.": "time_mlp_out."}
 UNREAD = ("state_proj.*",)
 """Names that early files use, and what they hold besides."""
+
+
+def spec_of(shared: paligemma.Common) -> Pi05Spec:
+    """Dimensions from what the reader found, --spec applied."""
+    source = shared.source
+    text = paligemma.text_spec(source)
+    spec = Pi05Spec(
+        vision=paligemma.vision_spec(source, shared.image_size),
+        text=text,
+        expert=paligemma.expert_spec(source, text),
+        chunk_size=shared.chunk_size,
+        max_action_dim=shared.max_action_dim,
+        tokenizer_max_length=shared.tokenizer_max_length,
+    )
+    return override(spec, source.left_over())
 
 
 def from_lerobot(checkpoint: LeRobotCheckpoint) -> Policy:
@@ -110,22 +125,13 @@ def from_lerobot(checkpoint: LeRobotCheckpoint) -> Policy:
             f"{checkpoint.folder}: no pi05_prepare_state_tokenizer_processor_step, so the state would be lost",
             remedy="save the processors again with the policy",
         )
-    text = paligemma.text_spec(source)
-    spec = Pi05Spec(
-        vision=paligemma.vision_spec(source, shared.image_size),
-        text=text,
-        expert=paligemma.expert_spec(source, text),
-        chunk_size=shared.chunk_size,
-        max_action_dim=shared.max_action_dim,
-        tokenizer_max_length=shared.tokenizer_max_length,
-    )
-    spec = override(spec, source.left_over())
+    spec = spec_of(shared)
     return Policy(
         family="pi05",
         name=checkpoint.name,
         spec=spec,
         weights=paligemma.take_weights(source, shapes(spec), UNREAD),
-        io=lerobot_pi.io(checkpoint, shared, text.vocab_size, padded_state=False),
+        io=lerobot_pi.io(checkpoint, shared, spec.text.vocab_size, padded_state=False),
         source=Source(str(checkpoint.folder)),
         tokenizer=checkpoint.tokenizer(),
         flow=lerobot_pi.flow_spec(checkpoint),

@@ -22,7 +22,7 @@ from vlac.readers.hub import companion, policy_folder, resolve
 from vlac.readers.lerobot_processors import POST, PRE, TEXT, NormStep, Processors, TextStep, read_processors
 from vlac.readers.lerobot_statistics import Lookup, Statistics
 from vlac.readers.safetensors_file import open_folder, read_json
-from vlac.readers.tokenizer_file import read_tokenizer
+from vlac.readers.tokenizer_file import given_tokenizer, read_tokenizer
 from vlac.registry import Reader, ReadOptions, families, readers
 from vlac.weights import Weights
 
@@ -263,8 +263,11 @@ class LeRobotCheckpoint:
         return path
 
     def tokenizer(self) -> bytes | None:
-        """tokenizer.json that the tokenizer step names; None only when reading headers and it cannot be found."""
+        """tokenizer.json of --tokenizer, or that the tokenizer step names; None only when reading headers and there is
+        none."""
         try:
+            if self.options.tokenizer is not None:
+                return given_tokenizer(self.options.tokenizer)
             return read_tokenizer(self.companion(self.text_step().tokenizer_name, "tokenizer.json", "the tokenizer"))
         except CheckpointError as error:
             self.problem(error)

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlac.errors import CheckpointError, Unsupported
-from vlac.io import IO, Camera, Step
+from vlac.io import IO, Step
 from vlac.readers import paligemma
+from vlac.readers.paligemma import Common
 from vlac.spec import FlowSpec
 
 if TYPE_CHECKING:
     from vlac.readers.lerobot import LeRobotCheckpoint
 
 STATE, ACTION = "observation.state", "action"
-
-
-@dataclass(frozen=True)
-class Common:
-    """What every family of this kind takes from the config."""
-
-    source: paligemma.Source
-    cameras: tuple[Camera, ...]
-    image_size: int
-    image_steps: tuple[Step, ...]
-    chunk_size: int
-    n_action_steps: int
-    max_action_dim: int
-    max_state_dim: int
-    tokenizer_max_length: int
 
 
 def common(checkpoint: LeRobotCheckpoint, renamed: Mapping[str, str] = {}) -> Common:

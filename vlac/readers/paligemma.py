@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vlac.errors import CheckpointError, Unsupported, VlacError
+from vlac.io import Camera, Step
 from vlac.readers.safetensors_file import FLOATS
 from vlac.spec import DecoderSpec, VisionSpec
 from vlac.weights import LazyTensor, Weights
@@ -93,6 +94,21 @@ class Source:
     def left_over(self) -> dict[str, Any]:
         """--spec fields that no other size is derived from."""
         return {k: v for k, v in self.given.items() if k not in TAKEN}
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every family of this kind takes from a checkpoint besides its tensors."""
+
+    source: Source
+    cameras: tuple[Camera, ...]
+    image_size: int
+    image_steps: tuple[Step, ...]
+    chunk_size: int
+    n_action_steps: int
+    max_action_dim: int
+    max_state_dim: int
+    tokenizer_max_length: int
 
 
 TAKEN = ("text.head_dim", "text.num_key_value_heads", "vision.num_attention_heads")

@@ -26,6 +26,15 @@ def read_tokenizer(path: Path) -> bytes:
     return data
 
 
+def given_tokenizer(place: str) -> bytes:
+    """--tokenizer: a tokenizer.json, or a folder that holds one."""
+    path = Path(place)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise CheckpointError(f"--tokenizer {place}: no tokenizer.json there")
+    return read_tokenizer(path)
+
+
 def token_id(data: bytes, token: str, where: str) -> int:
     """Id of a token that must exist."""
     from tokenizers import Tokenizer

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from vlac.errors import ArtifactError, InputError
 from vlac.io import Step
-from vlac.runtime.pillow_steps import centre_crop, pillow_resize, square, stack_normalised
+from vlac.runtime.pillow_steps import centre_crop, pillow_fit, pillow_resize, square, stack_normalised
 
 Array = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
@@ -154,6 +154,7 @@ IMAGE_STEPS: dict[str, StepFunction] = {
     "normalise": normalise,
     "square": square,
     "pillow_resize": pillow_resize,
+    "pillow_fit": pillow_fit,
     "centre_crop": centre_crop,
     "stack_normalised": stack_normalised,
 }

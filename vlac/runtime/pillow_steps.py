@@ -47,6 +47,20 @@ def pillow_resize(x: Array, *, size: Sequence[int] | int, filter: str) -> Array:
     return _from_bytes(np.asarray(picture))
 
 
+def pillow_fit(x: Array, *, size: int, filter: str) -> Array:
+    """x [3, H, W] fitted into size x size on bytes by Pillow, aspect kept and sizes truncated, black on both sides; an
+    odd rest lies right and below (openpi's client). A picture of the right size is not touched."""
+    h, w = x.shape[1:]
+    if (h, w) == (size, size):
+        return x
+    ratio = max(w, h) / size
+    small = pillow_resize(x, size=(int(h / ratio), int(w / ratio)), filter=filter)
+    top, left = (size - small.shape[1]) // 2, (size - small.shape[2]) // 2
+    result = np.zeros((x.shape[0], size, size), dtype=np.float32)
+    result[:, top : top + small.shape[1], left : left + small.shape[2]] = small
+    return result
+
+
 def _to_bytes(x: Array) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(np.rint(np.clip(x, 0, 1) * np.float32(255)).astype(np.uint8).transpose(1, 2, 0))
 
