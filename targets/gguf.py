@@ -20,7 +20,7 @@ import numpy as np
 
 import vlac
 from vlac.artifact import Sidecars
-from vlac.errors import ArtifactError, Unsupported
+from vlac.errors import Unsupported
 from vlac.formats import FORMATS, encode, get_format
 from vlac.gguf import (
     DEFAULT_ALIGNMENT,
@@ -236,21 +236,18 @@ def _emit(
     if sidecars.golden is not None:
         rows.append((GOLDEN, "i8", (len(sidecars.golden),)))
     path = folder / file_name(manifest, recipe.label)
-    try:
-        with path.open("w+b") as out:
-            writer = GgufWriter(out, _metadata(recipe, text, sidecars, manifest), rows)
-            for done, (name, param) in enumerate(renamed.params.items()):
-                progress(name, done, len(rows))
-                data = encode(param.format, program.weights[names[name]].load())
-                crcs[name] = crc32(data)
-                writer.write(name, data)
-            if sidecars.golden is not None:
-                crcs[GOLDEN] = crc32(sidecars.golden)
-                writer.write(GOLDEN, np.frombuffer(sidecars.golden, dtype=np.uint8))
-            writer.rewrite(_metadata(recipe, text, sidecars, manifest))
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}", remedy="free disk space") from None
-    progress("done", len(rows), len(rows))
+    with path.open("w+b") as out:
+        writer = GgufWriter(out, _metadata(recipe, text, sidecars, manifest), rows)
+        for done, (name, param) in enumerate(renamed.params.items()):
+            progress("writing weights", done, len(rows))
+            data = encode(param.format, program.weights[names[name]].load())
+            crcs[name] = crc32(data)
+            writer.write(name, data)
+        if sidecars.golden is not None:
+            crcs[GOLDEN] = crc32(sidecars.golden)
+            writer.write(GOLDEN, np.frombuffer(sidecars.golden, dtype=np.uint8))
+        writer.rewrite(_metadata(recipe, text, sidecars, manifest))
+    progress("writing weights", len(rows), len(rows))
 
 
 def _target(name: str, recipe: Recipe) -> Target:
