@@ -125,6 +125,25 @@ def test_outputs_belong_to_the_caller() -> None:
     assert all(np.array_equal(first[k], kept[k]) for k in first)
 
 
+@pytest.mark.parametrize(("rows", "threads"), [(2, 1), (64, 2)])
+def test_only_large_graphs_share_their_work(rows: int, threads: int) -> None:
+    b = StageBuilder("mlp")
+    b.output(b.op("linear", b.silu(b.linear(b.input("state", "f32", rows, 384), "@up")), "@down", name="y"))
+    r = np.random.default_rng(0)
+    tensors = {n: stored(r.standard_normal((384, 384)).astype(np.float32) / 20) for n in ("up", "down")}
+    params = {n: Param(t.shape) for n, t in tensors.items()}
+    program = Program("mlp", (), (b.build(),), params, Schedule((Call("mlp"),), "y"))
+    env = {"state": r.standard_normal((rows, 384)).astype(np.float32)}
+    found = []
+    for most in (1, 2):
+        session = GgmlSession(program, tensors, threads=most)
+        found.append(session.run("mlp", env, {})["y"])
+        assert [g.threads for g in session._graphs.values()] == [min(most, threads)]
+        session.close()
+    want = run_stage(program, "mlp", env, lambda n: tensors[n].decode())["y"]
+    assert all(np.abs(got - want).max() <= 1e-5 * np.abs(want).max() for got in found)
+
+
 def test_old_graphs_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ggml_engine, "MAX_GRAPHS", 2)
     program, tensors = loop()

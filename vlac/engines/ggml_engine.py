@@ -1,7 +1,7 @@
 """The ggml engine: programs from GGUF artifacts as ggml graphs on the CPU, weights mapped from the file without a copy.
 
 For every stage and bucket a graph is built once (vlac/engines/ggml_ops.py says how); a run fills the feeds whose inputs
-changed, computes, and copies the outputs out.
+changed, computes, and copies the outputs out. `threads` is the most that a graph uses: small ones use one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vlac.engines import ggml_lib
 from vlac.engines.base import Engine, EngineSession, NpArray, Values
 from vlac.engines.ggml_lib import Ggml, InitParams, Tensor
 from vlac.engines.ggml_ops import DRAW, LAYOUTS, Drawing, Feed
-from vlac.engines.ggml_plan import StagePlan, plan_stage
+from vlac.engines.ggml_plan import StagePlan, macs, plan_stage
 from vlac.errors import EngineError
 from vlac.formats import get_format
 from vlac.graph import Program
@@ -30,6 +30,11 @@ ALIGNMENT = 32
 
 MAX_GRAPHS = 12
 """Graphs kept per session; the one unused for longest goes first (each holds its compute buffer)."""
+
+WORK_TO_SHARE = 4_000_000
+"""Multiply-accumulates per node from which a graph uses more than one thread. ggml waits for all threads after every
+node, and one that has lost its core costs a slice of the scheduler: on a busy machine of two cores 40 nodes took 10 ms
+with two threads at any size, with one 0.25 ms (0.1 M per node), 4 ms (4 M), 75 ms (67 M: as long as with two)."""
 
 _WEIGHTS_USAGE = 1
 
@@ -94,8 +99,9 @@ def _aligned(data: NpArray) -> NpArray:
 class StageGraph:
     """One stage for one bucket: its graph, its memory, and what the host knew at the last run."""
 
-    def __init__(self, lib: Ggml, backend: int, plan: StagePlan, weights: Mapping[str, int]) -> None:
+    def __init__(self, lib: Ggml, backend: int, plan: StagePlan, weights: Mapping[str, int], threads: int) -> None:
         self.lib, self.backend, self.plan = lib, backend, plan
+        self.threads = threads if macs(plan) >= WORK_TO_SHARE * len(plan.graph) else 1
         self._graph_context = self._gallocr = self._feed_buffer = None
         self._drawing = Drawing(lib, plan, weights)
         try:
@@ -139,6 +145,7 @@ class StageGraph:
                 self._fill(feed)
         self._fresh = False
         if self._outputs:
+            self.lib.set_threads(self.backend, self.threads)
             status = self.lib.backend_graph_compute(self.backend, self._graph)
             if status != 0:
                 raise EngineError(f"stage {self.plan.stage.name}: ggml stopped with status {status}")
@@ -214,7 +221,7 @@ class GgmlSession(EngineSession):
         self._lock = threading.Lock()
         self._graphs: OrderedDict[tuple[Any, ...], StageGraph] = OrderedDict()
         self._lib = lib = ggml_lib.load()
-        count = threads or ggml_lib.default_threads()
+        count = self._threads = threads or ggml_lib.default_threads()
         self._weights: PlacedWeights | None = PlacedWeights(lib, {name: tensors[name] for name in program.params})
         self._backend = lib.backend(count)
         self.info = {
@@ -241,7 +248,7 @@ class GgmlSession(EngineSession):
             plan = plan_stage(bound.stage(stage), bound.params, DRAW)
             while len(self._graphs) >= MAX_GRAPHS:
                 self._graphs.popitem(last=False)[1].free()
-            graph = self._graphs[key] = StageGraph(self._lib, self._backend, plan, self._weights.tensors)
+            graph = self._graphs[key] = StageGraph(self._lib, self._backend, plan, self._weights.tensors, self._threads)
         self._graphs.move_to_end(key)
         return graph
 

@@ -21,6 +21,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,10 @@ class Ggml:
         except EngineError:
             return "unknown"
 
+    @cached_property
+    def _set_n_threads(self) -> Any:
+        return self.cpu_function("ggml_backend_set_n_threads", "vpi")
+
     def cpu_function(self, name: str, code: str) -> Any:
         """A function of the CPU backend, which is not visible to the dynamic linker in every build."""
         register = self.backend_dev_backend_reg(self.device)
@@ -242,8 +247,12 @@ class Ggml:
         backend = self.backend_dev_init(self.device, None)
         if not backend:
             raise EngineError(f"{self.directory}: ggml could not start its CPU backend")
-        self.cpu_function("ggml_backend_set_n_threads", "vpi")(backend, threads)
+        self.set_threads(backend, threads)
         return int(backend)
+
+    def set_threads(self, backend: int, threads: int) -> None:
+        """How many threads the next graphs of a backend use; cheap."""
+        self._set_n_threads(backend, threads)
 
 
 # --- finding -----------------------------------------------------------------------------------------------------

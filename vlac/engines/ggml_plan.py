@@ -5,6 +5,7 @@ Pure Python on types: nothing native is called, so a program that ggml cannot ru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
@@ -121,6 +122,21 @@ def _declined(plan: StagePlan, node: Node, able: Container[str]) -> str:
         if index < len(node.inputs) and not plan.on_host(node.inputs[index]):
             return f"operand {node.inputs[index]} must depend on stage inputs alone"
     return ""
+
+
+# --- how much work ----------------------------------------------------------------------------------------------
+
+
+def macs(plan: StagePlan) -> int:
+    """Multiply-accumulates of the graph's linears and attentions."""
+    total = 0
+    for n in plan.graph.values():
+        rows = [ints(plan.types[i]) for i in n.inputs]
+        if n.op == "linear":
+            total += rows[0][0] * math.prod(rows[1])
+        elif n.op == "attention":
+            total += rows[0][0] * rows[1][0] * (rows[0][1] + rows[2][1] * n.attr["heads"] // n.attr["kv_heads"])
+    return total
 
 
 # --- what is drawn together ---------------------------------------------------------------------------------------
