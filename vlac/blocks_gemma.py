@@ -15,25 +15,71 @@ from vlac.dims import Dim, symbol
 from vlac.graph import Call, Param, Program, Repeat, Schedule, Stage, StageBuilder, Symbol, check
 from vlac.policy import Policy
 from vlac.spec import DecoderSpec, FlowSpec, VisionSpec
-from vlac.weights import LazyTensor, Weights
+from vlac.weights import Weights
+
+Carry = tuple[tuple[str, str, str], ...]
 
 
-def paligemma_shapes(vision: VisionSpec, text: DecoderSpec) -> Shapes:
+@dataclass(frozen=True, kw_only=True)
+class PaliGemmaSpec:
+    """Dimensions of the part that every policy on PaliGemma has.
+
+    token_pool: image tokens are averaged over token_pool x token_pool. kv_taps: layers of which only keys and values
+    are left, for an expert that reads them. Both are what passes change.
+    """
+
+    vision: VisionSpec
+    text: DecoderSpec
+    tokenizer_max_length: int
+    token_pool: int = 1
+    kv_taps: tuple[int, ...] = ()
+
+    @property
+    def tokens_per_camera(self) -> int:
+        """Image rows of the prefix per camera."""
+        return (self.vision.grid // self.token_pool) ** 2
+
+    @property
+    def prefix_rows(self) -> Dim:
+        """Rows of all cameras and the prompt."""
+        return symbol("C") * self.tokens_per_camera + symbol("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowExpertSpec(PaliGemmaSpec):
+    """PaliGemma with an expert that has its layers, heads and head_dim; only the widths differ. chunk_size actions of
+    max_action_dim numbers."""
+
+    expert: DecoderSpec
+    chunk_size: int
+    max_action_dim: int
+
+    @property
+    def pairs(self) -> tuple[tuple[int, str], ...]:
+        """For each expert layer the PaliGemma layer whose keys and values it reads, beside its own."""
+        return tuple((i, "self") for i in range(self.expert.num_hidden_layers))
+
+
+def paligemma_shapes(spec: PaliGemmaSpec) -> Shapes:
     """Weights of the tower, the projector, the embedding and the decoder's layers."""
+    vision, text = spec.vision, spec.text
     result = blocks.vit_shapes(vision)
     result["connector.proj.weight"] = (text.hidden_size, vision.hidden_size)
     result["connector.proj.bias"] = (text.hidden_size,)
     result["text.embed_tokens.weight"] = (text.vocab_size, text.hidden_size)
     for i in range(text.num_hidden_layers):
-        result |= blocks.decoder_layer_shapes(text, f"text.layers.{i}")
+        of_layer = blocks.kv_tap_shapes if i in spec.kv_taps else blocks.decoder_layer_shapes
+        result |= of_layer(text, f"text.layers.{i}")
     return result
 
 
-def vision_stage(vision: VisionSpec) -> Stage:
-    """One camera's pixels -> its tokens [grid*grid, text width]; not scaled, unlike the prompt's."""
+def vision_stage(spec: PaliGemmaSpec) -> Stage:
+    """One camera's pixels -> its tokens [tokens_per_camera, text width]; not scaled, unlike the prompt's."""
     b = StageBuilder("vision")
+    vision, pool = spec.vision, spec.token_pool
     x = blocks.vit_tower(b, b.input("pixels", "f32", vision.num_channels, *[vision.image_size] * 2), vision)
-    b.output(linear(b, x, "connector.proj", bias=True, as_="image_tokens"))
+    x = linear(b, x, "connector.proj", bias=True, as_="image_tokens" if pool == 1 else "")
+    b.output(x if pool == 1 else blocks.mean_tokens(b, x, pool, spec.text.hidden_size, as_="image_tokens"))
     return b.build()
 
 
@@ -42,42 +88,38 @@ def scaled_embedding(b: StageBuilder, tokens: str, text: DecoderSpec) -> str:
     return b.op("scale", b.op("embed", tokens, "@text.embed_tokens.weight"), factor=text.hidden_size**0.5)
 
 
-def prefix_rows(vision: VisionSpec) -> Dim:
-    """Rows of `image_and_prompt`."""
-    return symbol("C") * vision.grid**2 + symbol("T")
-
-
-def image_and_prompt(
-    b: StageBuilder, vision: VisionSpec, text: DecoderSpec, more: tuple[tuple[str, str], ...] = ()
-) -> tuple[str, str]:
+def image_and_prompt(b: StageBuilder, spec: PaliGemmaSpec, more: tuple[tuple[str, str], ...] = ()) -> tuple[str, str]:
     """(embeddings, validity) of all cameras' tokens, then the prompt's, then `more`; adds the stage's inputs."""
-    n, cameras, count = vision.grid**2, symbol("C"), symbol("T")
-    images = b.input("image_tokens", "f32", cameras * n, text.hidden_size)
+    n, cameras, count = spec.tokens_per_camera, symbol("C"), symbol("T")
+    images = b.input("image_tokens", "f32", cameras * n, spec.text.hidden_size)
     images_valid = b.op("repeat_each", b.input("image_valid", "bool", cameras), times=n)
-    prompt = scaled_embedding(b, b.input("tokens", "i32", count), text)
+    prompt = scaled_embedding(b, b.input("tokens", "i32", count), spec.text)
     prompt_valid = b.input("token_valid", "bool", count)
     x = b.op("concat", images, prompt, *(row for row, _ in more), axis=0, name="prefix_embeddings")
     return x, b.op("concat", images_valid, prompt_valid, *(v for _, v in more), axis=0, name="prefix_valid")
 
 
-def prefix_layers(b: StageBuilder, x: str, valid: str, rows: Dim, text: DecoderSpec) -> str:
+def prefix_layers(b: StageBuilder, x: str, valid: str, rows: Dim, spec: PaliGemmaSpec) -> str:
     """PaliGemma's layers on rows that all see all; each layer's rotated keys and values leave the stage."""
     block = blocks.block_ids(b, (rows, 0))
     mask = b.op("attention_mask", block, block, valid)
     positions = blocks.positions_of(b, valid)
-    for i in range(text.num_hidden_layers):
-        names = (f"prefix_k.{i}", f"prefix_v.{i}")
-        x, k, v = blocks.decoder_layer(b, x, text, f"text.layers.{i}", positions, mask, kv_names=names)
+    for i in range(spec.text.num_hidden_layers):
+        name, names = f"text.layers.{i}", (f"prefix_k.{i}", f"prefix_v.{i}")
+        if i in spec.kv_taps:
+            k, v = blocks.kv_tap(b, x, spec.text, name, positions, names)
+        else:
+            x, k, v = blocks.decoder_layer(b, x, spec.text, name, positions, mask, kv_names=names)
         b.output(k, v)
     return x
 
 
-def prefix_stage(vision: VisionSpec, text: DecoderSpec) -> Stage:
+def prefix_stage(spec: PaliGemmaSpec) -> Stage:
     """Images and prompt through PaliGemma, for an expert that reads its keys and values."""
     b = StageBuilder("prefix")
-    x, valid = image_and_prompt(b, vision, text)
+    x, valid = image_and_prompt(b, spec)
     b.output(valid, blocks.count_valid(b, valid))
-    prefix_layers(b, x, valid, prefix_rows(vision), text)
+    prefix_layers(b, x, valid, spec.prefix_rows, spec)
     return b.build()
 
 
@@ -91,13 +133,13 @@ class Past:
     rows: Dim
 
     @staticmethod
-    def of(b: StageBuilder, rows: Dim, text: DecoderSpec) -> Past:
+    def of(b: StageBuilder, spec: FlowExpertSpec) -> Past:
         """Adds the inputs prefix_valid, prefix_count, prefix_k.{i}, prefix_v.{i}."""
-        width = text.num_key_value_heads * text.head_dim
+        rows, width = spec.prefix_rows, spec.text.num_key_value_heads * spec.text.head_dim
         valid, count = b.input("prefix_valid", "bool", rows), b.input("prefix_count", "i32", 1)
         layers = tuple(
             (b.input(f"prefix_k.{i}", "f32", rows, width), b.input(f"prefix_v.{i}", "f32", rows, width))
-            for i in range(text.num_hidden_layers)
+            for i, _ in spec.pairs
         )
         return Past(layers, valid, count, rows)
 
@@ -169,9 +211,7 @@ def ada_norm_shapes(spec: DecoderSpec, name: str) -> Shapes:
 # --- programs --------------------------------------------------------------------------------------------------
 
 
-def program_of(
-    policy: Policy, stages: tuple[Stage, ...], steps: tuple[Call | Repeat, ...], result: str, max_tokens: int
-) -> Program:
+def program_of(policy: Policy, stages: tuple[Stage, ...], steps: tuple[Call | Repeat, ...], result: str) -> Program:
     """The program of these stages with the weights that they read, checked. Symbols: C cameras, T prompt tokens."""
     read = {i[1:] for s in stages for n in s.nodes for i in n.inputs if i.startswith("@")}
     weights = {name: t for name, t in policy.weights.items() if name in read}
@@ -179,7 +219,7 @@ def program_of(
         name=policy.family,
         symbols=(
             Symbol("C", tuple(range(1, len(policy.io.cameras) + 1))),
-            Symbol("T", blocks.token_buckets(max_tokens)),
+            Symbol("T", blocks.token_buckets(policy.spec.tokenizer_max_length)),
         ),
         stages=stages,
         params={name: Param(t.shape) for name, t in weights.items()},
@@ -189,14 +229,9 @@ def program_of(
     return check(program)
 
 
-def flow_program(policy: Policy, stages: tuple[Stage, Stage, Stage], max_tokens: int) -> Program:
-    """Stages vision (per camera), prefix (once), flow (per Euler step, carrying x) -> x_next [N, A]."""
-    flow = policy.flow
-    assert isinstance(flow, FlowSpec)
-    grid = {
-        "flow.times": LazyTensor.of([[t] for t in flow.times], "flow.times"),
-        "flow.dts": LazyTensor.of([[d] for d in flow.dts], "flow.dts"),
-    }
-    repeat = Repeat("flow", len(flow.times), "step", (("x_next", "x", "noise"),))
-    timed = policy.replace(weights=policy.weights.with_(**grid))
-    return program_of(timed, stages, (Call("vision", each="camera"), Call("prefix"), repeat), "x_next", max_tokens)
+def flow_program(policy: Policy, spec: PaliGemmaSpec, flow: FlowSpec, stage: Stage, carry: Carry) -> Program:
+    """Stages vision (per camera), prefix (once) and the given one (per solver step, with its carries) -> x_next."""
+    timed = policy.replace(weights=policy.weights.with_(**blocks.flow_tables(flow)))
+    repeat = Repeat(stage.name, len(flow.times), "step", carry)
+    steps = (Call("vision", each="camera"), Call("prefix"), repeat)
+    return program_of(timed, (vision_stage(spec), prefix_stage(spec), stage), steps, "x_next")

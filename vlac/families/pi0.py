@@ -11,33 +11,27 @@ from typing import TYPE_CHECKING
 
 from vlac import blocks, blocks_gemma
 from vlac.blocks import Shapes
-from vlac.blocks_gemma import Past
+from vlac.blocks_gemma import Carry, FlowExpertSpec, Past
 from vlac.graph import Program, Stage, StageBuilder
 from vlac.policy import Policy, Source
 from vlac.readers import lerobot_pi, paligemma
 from vlac.registry import Family, families
-from vlac.spec import DecoderSpec, FlowSpec, VisionSpec, override
+from vlac.spec import FlowSpec, override
 
 if TYPE_CHECKING:
     from vlac.readers.lerobot import LeRobotCheckpoint
 
 
-@dataclass(frozen=True)
-class Pi0Spec:
-    """Dimensions. `text` and `expert` have the same layers, heads and head_dim; only their widths differ."""
+@dataclass(frozen=True, kw_only=True)
+class Pi0Spec(FlowExpertSpec):
+    """Dimensions; the state has max_state_dim numbers, zeros behind the robot's own."""
 
-    vision: VisionSpec
-    text: DecoderSpec
-    expert: DecoderSpec
-    chunk_size: int
-    max_action_dim: int
     max_state_dim: int
-    tokenizer_max_length: int
 
 
 def shapes(spec: Pi0Spec) -> Shapes:
     """Shape of every weight the program reads."""
-    result = blocks_gemma.paligemma_shapes(spec.vision, spec.text)
+    result = blocks_gemma.paligemma_shapes(spec)
     width = spec.expert.hidden_size
     for i in range(spec.expert.num_hidden_layers):
         result |= blocks.decoder_layer_shapes(spec.expert, f"expert.layers.{i}")
@@ -47,28 +41,23 @@ def shapes(spec: Pi0Spec) -> Shapes:
 
 
 def build(policy: Policy) -> Program:
-    """The program: `vision` per camera, `prefix` once, `flow` once per Euler step.
+    """The program: `vision` per camera, `prefix` once, `flow` once per solver step.
 
     Symbols: T prompt tokens, C camera slots that take part. Result: x f32 [chunk_size, max_action_dim].
     """
     spec, flow = policy.spec, policy.flow
     assert isinstance(spec, Pi0Spec) and flow is not None
-    stages = (
-        blocks_gemma.vision_stage(spec.vision),
-        blocks_gemma.prefix_stage(spec.vision, spec.text),
-        _flow(spec, flow),
-    )
-    return blocks_gemma.flow_program(policy, stages, spec.tokenizer_max_length)
+    return blocks_gemma.flow_program(policy, spec, flow, *_flow(spec, flow))
 
 
-def _flow(spec: Pi0Spec, flow: FlowSpec) -> Stage:
-    """One Euler step. The state token sees the prefix and itself; actions see everything, and one another."""
+def _flow(spec: Pi0Spec, flow: FlowSpec) -> tuple[Stage, Carry]:
+    """One solver step. The state token sees the prefix and itself; actions see everything, and one another."""
     b = StageBuilder("flow")
     expert, n = spec.expert, spec.chunk_size
     step = b.input("step", "i32", 1)
     x = b.input("x", "f32", n, spec.max_action_dim)
     state = blocks.linear(b, b.input("state", "f32", 1, spec.max_state_dim), "state_proj", bias=True)
-    past = Past.of(b, blocks_gemma.prefix_rows(spec.vision), spec.text)
+    past = Past.of(b, spec)
     t = b.op("embed", step, "@flow.times")
     actions = blocks.action_time_tokens(b, x, t, n, expert.hidden_size, (flow.min_period, flow.max_period))
     h = b.op("concat", state, actions, axis=0)
@@ -77,8 +66,8 @@ def _flow(spec: Pi0Spec, flow: FlowSpec) -> Stage:
         h, _, _ = blocks.decoder_layer(b, h, expert, f"expert.layers.{i}", positions, mask, layer)
     h = blocks.rms_norm(b, b.op("slice", h, axis=0, start=1, stop=n + 1), expert, "expert.norm")
     velocity = blocks.linear(b, h, "action_out_proj", bias=True, as_="velocity")
-    b.output(blocks.euler_step(b, x, velocity, b.op("embed", step, "@flow.dts")))
-    return b.build()
+    carry = blocks.sampler_step(b, x, velocity, step, flow, (n, spec.max_action_dim))
+    return b.build(), carry
 
 
 # --- from a checkpoint -----------------------------------------------------------------------------------------
@@ -121,5 +110,5 @@ def from_lerobot(checkpoint: LeRobotCheckpoint) -> Policy:
 
 
 FAMILY = families.add(
-    Family("pi0", build, from_lerobot, doc="PaliGemma with a flow-matching action expert", title="pi0")
+    Family("pi0", build, from_lerobot, doc="PaliGemma with a flow-matching action expert", title="pi0", spec=Pi0Spec)
 )

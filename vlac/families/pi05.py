@@ -11,35 +11,28 @@ from typing import TYPE_CHECKING
 
 from vlac import blocks, blocks_gemma
 from vlac.blocks import Shapes
-from vlac.blocks_gemma import Past
+from vlac.blocks_gemma import Carry, FlowExpertSpec, Past
 from vlac.errors import CheckpointError
 from vlac.graph import Program, Stage, StageBuilder
 from vlac.policy import Policy, Source
 from vlac.readers import lerobot_pi, paligemma
 from vlac.registry import Family, families
 from vlac.runtime.prompt import reads_state
-from vlac.spec import DecoderSpec, FlowSpec, VisionSpec, override
+from vlac.spec import FlowSpec, override
 
 if TYPE_CHECKING:
     from vlac.readers.lerobot import LeRobotCheckpoint
 
 
-@dataclass(frozen=True)
-class Pi05Spec:
-    """Dimensions. `text` and `expert` have the same layers, heads and head_dim; only their widths differ."""
-
-    vision: VisionSpec
-    text: DecoderSpec
-    expert: DecoderSpec
-    chunk_size: int
-    max_action_dim: int
-    tokenizer_max_length: int
+@dataclass(frozen=True, kw_only=True)
+class Pi05Spec(FlowExpertSpec):
+    """Dimensions."""
 
 
 def shapes(spec: Pi05Spec) -> Shapes:
     """Shape of every weight the program reads."""
     expert, width = spec.expert, spec.expert.hidden_size
-    result = blocks_gemma.paligemma_shapes(spec.vision, spec.text)
+    result = blocks_gemma.paligemma_shapes(spec)
     for i in range(expert.num_hidden_layers):
         result |= blocks_gemma.ada_layer_shapes(expert, f"expert.layers.{i}")
     result |= blocks_gemma.ada_norm_shapes(expert, "expert.norm")
@@ -54,18 +47,13 @@ def shapes(spec: Pi05Spec) -> Shapes:
 
 
 def build(policy: Policy) -> Program:
-    """The program: `vision` per camera, `prefix` once, `flow` once per Euler step.
+    """The program: `vision` per camera, `prefix` once, `flow` once per solver step.
 
     Symbols: T prompt tokens, C camera slots that take part. Result: x f32 [chunk_size, max_action_dim].
     """
     spec, flow = policy.spec, policy.flow
     assert isinstance(spec, Pi05Spec) and flow is not None
-    stages = (
-        blocks_gemma.vision_stage(spec.vision),
-        blocks_gemma.prefix_stage(spec.vision, spec.text),
-        _flow(spec, flow),
-    )
-    return blocks_gemma.flow_program(policy, stages, spec.tokenizer_max_length)
+    return blocks_gemma.flow_program(policy, spec, flow, *_flow(spec, flow))
 
 
 def _condition(b: StageBuilder, step: str, width: int, flow: FlowSpec) -> str:
@@ -76,13 +64,13 @@ def _condition(b: StageBuilder, step: str, width: int, flow: FlowSpec) -> str:
     return b.op("silu", blocks.linear(b, hidden, "time_mlp_out", bias=True), name="condition")
 
 
-def _flow(spec: Pi05Spec, flow: FlowSpec) -> Stage:
-    """One Euler step. Actions see the prefix and one another."""
+def _flow(spec: Pi05Spec, flow: FlowSpec) -> tuple[Stage, Carry]:
+    """One solver step. Actions see the prefix and one another."""
     b = StageBuilder("flow")
     expert, n = spec.expert, spec.chunk_size
     step = b.input("step", "i32", 1)
     x = b.input("x", "f32", n, spec.max_action_dim)
-    past = Past.of(b, blocks_gemma.prefix_rows(spec.vision), spec.text)
+    past = Past.of(b, spec)
     condition = _condition(b, step, expert.hidden_size, flow)
     h = blocks.linear(b, x, "action_in_proj", bias=True, as_="action_tokens")
     positions, mask = past.joined(b, [(n, 1)])
@@ -90,8 +78,8 @@ def _flow(spec: Pi05Spec, flow: FlowSpec) -> Stage:
         h = blocks_gemma.ada_layer(b, h, condition, expert, f"expert.layers.{i}", positions, mask, layer)
     h, _ = blocks_gemma.ada_rms_norm(b, h, condition, expert, "expert.norm")
     velocity = blocks.linear(b, h, "action_out_proj", bias=True, as_="velocity")
-    b.output(blocks.euler_step(b, x, velocity, b.op("embed", step, "@flow.dts")))
-    return b.build()
+    carry = blocks.sampler_step(b, x, velocity, step, flow, (n, spec.max_action_dim))
+    return b.build(), carry
 
 
 # --- from a checkpoint -----------------------------------------------------------------------------------------
@@ -139,5 +127,12 @@ def from_lerobot(checkpoint: LeRobotCheckpoint) -> Policy:
 
 
 FAMILY = families.add(
-    Family("pi05", build, from_lerobot, doc="pi0 with adaRMS norms and the state in the prompt", title="pi0.5")
+    Family(
+        "pi05",
+        build,
+        from_lerobot,
+        doc="pi0 with adaRMS norms and the state in the prompt",
+        title="pi0.5",
+        spec=Pi05Spec,
+    )
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vlac import blocks, blocks_decode, blocks_gemma
 from vlac.blocks import Shapes
+from vlac.blocks_gemma import PaliGemmaSpec
 from vlac.errors import CheckpointError
 from vlac.graph import Call, Program, Stage, StageBuilder
 from vlac.io import Step
@@ -21,27 +22,24 @@ from vlac.readers.tokenizer_file import token_id
 from vlac.registry import Family, families
 from vlac.runtime.prompt import reads_state
 from vlac.runtime.tokenizer import load_tokenizer
-from vlac.spec import DecoderSpec, VisionSpec, override
+from vlac.spec import override
 
 if TYPE_CHECKING:
     from vlac.readers.lerobot import LeRobotCheckpoint
 
 
-@dataclass(frozen=True)
-class Pi0FastSpec:
+@dataclass(frozen=True, kw_only=True)
+class Pi0FastSpec(PaliGemmaSpec):
     """Dimensions. stop_token_id -1: all max_decoding_steps tokens are decoded."""
 
-    vision: VisionSpec
-    text: DecoderSpec
     max_decoding_steps: int
-    tokenizer_max_length: int
     bos_token_id: int
     stop_token_id: int = -1
 
 
 def shapes(spec: Pi0FastSpec) -> Shapes:
     """Shape of every weight the program reads."""
-    result = blocks_gemma.paligemma_shapes(spec.vision, spec.text)
+    result = blocks_gemma.paligemma_shapes(spec)
     result["text.norm.weight"] = (spec.text.hidden_size,)
     result["text.lm_head.weight"] = (spec.text.vocab_size, spec.text.hidden_size)
     return result
@@ -57,9 +55,9 @@ def build(policy: Policy) -> Program:
     assert isinstance(spec, Pi0FastSpec)
     stop = (spec.stop_token_id,) if spec.stop_token_id >= 0 else ()
     loop = blocks_decode.decoding_loop(spec.max_decoding_steps, spec.text.num_hidden_layers, stop)
-    stages = (blocks_gemma.vision_stage(spec.vision), _prefix(spec), _decode(spec))
+    stages = (blocks_gemma.vision_stage(spec), _prefix(spec), _decode(spec))
     steps = (Call("vision", each="camera"), Call("prefix"), loop)
-    return blocks_gemma.program_of(policy, stages, steps, "action_tokens", spec.tokenizer_max_length)
+    return blocks_gemma.program_of(policy, stages, steps, "action_tokens")
 
 
 def _prefix(spec: Pi0FastSpec) -> Stage:
@@ -68,13 +66,11 @@ def _prefix(spec: Pi0FastSpec) -> Stage:
     The first turn reads <bos> again, so its row counts here for the others but no longer for the turns.
     """
     b = StageBuilder("prefix")
-    text, rows = spec.text, blocks_gemma.prefix_rows(spec.vision) + 1
+    text, rows = spec.text, spec.prefix_rows + 1
     bos = b.op("full", shape=(1,), value=float(spec.bos_token_id), dtype="i32", name="start_token")
     given = b.op("full", shape=(1,), value=1.0, dtype="bool")
-    x, valid = blocks_gemma.image_and_prompt(
-        b, spec.vision, text, ((blocks_gemma.scaled_embedding(b, bos, text), given),)
-    )
-    blocks_gemma.prefix_layers(b, x, valid, rows, text)
+    x, valid = blocks_gemma.image_and_prompt(b, spec, ((blocks_gemma.scaled_embedding(b, bos, text), given),))
+    blocks_gemma.prefix_layers(b, x, valid, rows, spec)
     before = b.op("slice", valid, axis=0, start=0, stop=rows - 1)
     gone = b.op("full", shape=(1,), value=0.0, dtype="bool")
     start = b.op("sub", blocks.count_valid(b, valid), b.op("full", shape=(1,), value=1.0, dtype="i32"), name="start")
@@ -89,7 +85,7 @@ def _decode(spec: Pi0FastSpec) -> Stage:
     text = spec.text
     turn = b.input("turn", "i32", 1)
     x = blocks_gemma.scaled_embedding(b, b.input("token", "i32", 1), text)
-    rows = blocks_gemma.prefix_rows(spec.vision) + 1
+    rows = spec.prefix_rows + 1
     x = blocks_decode.decoder_turn(b, x, turn, spec.max_decoding_steps, rows, text, "text")
     logits = blocks.linear(b, blocks.rms_norm(b, x, text, "text.norm"), "text.lm_head", as_="logits")
     b.output(b.op("argmax", logits, name="next_token"), logits)
@@ -159,5 +155,12 @@ def _fast_decode(checkpoint: LeRobotCheckpoint, tokenizer: bytes, rows: int) -> 
 
 
 FAMILY = families.add(
-    Family("pi0_fast", build, from_lerobot, doc="PaliGemma that decodes FAST action tokens", title="pi0-FAST")
+    Family(
+        "pi0_fast",
+        build,
+        from_lerobot,
+        doc="PaliGemma that decodes FAST action tokens",
+        title="pi0-FAST",
+        spec=Pi0FastSpec,
+    )
 )
