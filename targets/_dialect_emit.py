@@ -30,9 +30,8 @@ from vlac.gguf import (
     TOKENIZER,
     GgufWriter,
     Value,
-    crc32,
 )
-from vlac.gguf_dialects import Dim, Layout, Row, dialects, key_checksum, layout_of, relations, sizes
+from vlac.gguf_dialects import Dim, Layout, Row, dialects, key_checksum, layout_of, relations, sizes, tensor_checksum
 from vlac.graph import Program
 from vlac.registry import Dialect, Progress
 from vlac.weights import LazyTensor, Weights
@@ -261,7 +260,9 @@ def _values(layout: Layout, dims: Mapping[str, Dim]) -> dict[str, Value]:
     for key in layout.keys:
         if key.field in dims:
             value = dims[key.field]
-            result[key.name] = Value(key.kind, float(value) if key.kind in ("f32", "f64") else value)
+            if key.kind == "f32":
+                value = float(np.float32(value))  # as it will be read: it goes into the checksum
+            result[key.name] = Value(key.kind, value)
     return result
 
 
@@ -310,7 +311,7 @@ def emit(
     crcs = {name: "0" * 8 for name, _, _ in rows}
     if sidecars.golden is not None:
         rows.append((GOLDEN, "i8", (len(sidecars.golden),)))
-        crcs[GOLDEN] = crc32(sidecars.golden)
+        crcs[GOLDEN] = tensor_checksum("i8", (len(sidecars.golden),), sidecars.golden)
     manifest = {**sidecars.manifest, "files": {}, "dialect": dialect, "notes": list(layout.notes), "crc32": crcs}
     name, texts = naming(manifest)
     kv = _metadata(layout, _values(layout, dims), texts, file_type, sidecars)
@@ -323,7 +324,7 @@ def emit(
                 progress(file, done, len(rows))
                 values = tensor.load().reshape(shape)
                 data = encode(fmt, values + np.float32(row.add) if row.add else values)
-                crcs[file] = crc32(data)
+                crcs[file] = tensor_checksum(fmt, shape, data)
                 writer.write(file, data)
             if sidecars.golden is not None:
                 writer.write(GOLDEN, np.frombuffer(sidecars.golden, dtype=np.uint8))

@@ -435,6 +435,11 @@ def key_checksum(metadata: Mapping[str, Value]) -> str:
     return crc32(json.dumps(sorted(rows, key=lambda r: str(r[0])), ensure_ascii=True).encode())
 
 
+def tensor_checksum(fmt: str, shape: Iterable[int], data: Any) -> str:
+    """Checksum of a tensor's format, shape and bytes: equal bytes under another type would be other values."""
+    return crc32(f"{fmt} {list(shape)} {crc32(data)}".encode())
+
+
 def damaged(file: GgufFile) -> Iterator[str]:
     """Tensors (and keys) that are not what vlac wrote; for files of others: float tensors with NaN or Inf."""
     manifest = read_manifest(file)
@@ -445,7 +450,8 @@ def damaged(file: GgufFile) -> Iterator[str]:
     if sums.get("keys") != key_checksum(file.metadata):
         yield "the keys do not match their checksum"
     for name in dict.fromkeys((*file.tensors, *(n for n in sums if n != "keys"))):
-        if name not in file.tensors or sums.get(name) != crc32(file.data(name)):
+        info = file.tensors.get(name)
+        if info is None or sums.get(name) != tensor_checksum(info.type, info.shape, file.data(name)):
             yield f"tensor {name} does not match its checksum"
 
 
