@@ -21,6 +21,7 @@ from vlac.graph import Program, check
 from vlac.observations import load_observations
 from vlac.policy import Policy
 from vlac.registry import families
+from vlac.runtime.inputs import samples
 from vlac.runtime.session import execute, prepare
 
 See = Callable[[int, str, Mapping[str, NpArray]], None]
@@ -90,7 +91,7 @@ def watch(policy: Policy, given: Sequence[Golden], names: Mapping[str, Iterable[
                 images=dict(obs.images),
                 state=obs.state,
                 task=obs.task if policy.io.text_steps else None,
-                noise=obs.noise,
+                noise=obs.noise if samples(program) else None,
             )
             chunks.append(execute(program, session, ready.env, ready.symbols, taps={}))
     finally:
