@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_files import GOLDEN, copy_golden, edit_json
+from checkpoint_files import GOLDEN, copy_golden, edit_json, write_tensors
 
 import vlac
 from vlac.checkpoint import read_policy
 from vlac.engines.base import get_engine
-from vlac.errors import CheckpointError, EngineError, Unsupported, VlacError
+from vlac.errors import CheckpointError, EngineError, InputError, Unsupported, VlacError
+from vlac.readers.safetensors_file import open_file
 from vlac.registry import ReadOptions
 from vlac.runtime.session import Session
 
@@ -31,8 +32,7 @@ ROUNDED = (
     ("onnx-int4", "onnxruntime", 0.5),
     ("gguf-q4", "ggml", 0.05),
 )
-"""Target, engine, and how far (relative L2) the first token's logits may lie from the original's. Weights are random and
-48 wide: real ones lose far less."""
+"""Target, engine, and how far (relative L2) the first token's logits may lie from the original's (random weights)."""
 
 
 def arrays(folder: Path) -> dict[str, NpArray]:
@@ -218,6 +218,89 @@ def test_a_side_file_that_holds_code_is_refused(tmp_path: Path) -> None:
     torch.save({"fc1.weight": Path("/")}, next(folder.glob("action_head--*")))
     with pytest.raises(CheckpointError, match="not a torch state dict of tensors"):
         read_policy(str(folder), ReadOptions(unnorm_key="bridge_orig", spec=OFT_SPEC))
+
+
+def test_an_artifact_may_hold_statistics_of_several_datasets(tmp_path: Path) -> None:
+    need("torch")
+    folder = copy_golden(tmp_path, "openvla_tiny")
+
+    def edit(table: dict[str, Any]) -> None:
+        table["other"] = {"action": {"q01": [0.0] * 7, "q99": [10.0] * 7, "mask": [True] * 6 + [False]}}
+
+    edit_json(folder / "dataset_statistics.json", edit)
+    keys = "bridge_orig,other"
+    made = vlac.compile(folder, "gguf-f32", tmp_path / "out", unnorm_key=keys, goldens=1)
+    assert made.path is not None
+    a = arrays(MAIN)
+    with vlac.load(made.path, engine="torch") as policy:
+        assert policy.hparams.unnorm_keys == ("bridge_orig", "other")
+        assert np.abs(policy.act(**observation(MAIN, 0))[0] - a["obs0_action"]).max() <= 1e-6
+        other = policy.act(**observation(MAIN, 0), unnorm_key="other")[0]
+        normalised = a["obs0_action_normalized"]
+        assert np.abs(other - [*((normalised[:6] + 1) * 5), normalised[6]]).max() <= 1e-5
+        with pytest.raises(InputError, match="bridge_orig, other"):
+            policy.act(**observation(MAIN, 0), unnorm_key="toy_arm")
+    with pytest.raises(CheckpointError, match="5 numbers, the network has 7"):
+        read_policy(str(folder), ReadOptions(unnorm_key="bridge_orig,toy_arm"))
+
+
+# --- other shapes ----------------------------------------------------------------------------------------------
+
+
+def one_tower(tmp_path: Path, kept: str) -> Path:
+    """The golden checkpoint with one tower only, and the two-layer projector that such checkpoints have."""
+    folder = copy_golden(tmp_path, "openvla_tiny")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors: dict[str, NpArray] = {}
+    for shard in sorted(set(index.values())):
+        tensors.update({n: t.load() for n, t in open_file(folder / shard).items()})
+        (folder / shard).unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    at = 0 if kept == "featurizer" else 1
+    drop = "vision_backbone.fused_featurizer." if at == 0 else "vision_backbone.featurizer."
+    tensors = {n: t for n, t in tensors.items() if not n.startswith(drop)}
+    tensors = {n.replace("fused_featurizer", "featurizer"): t for n, t in tensors.items()}
+    width = tensors["vision_backbone.featurizer.pos_embed"].shape[2]
+    tensors["projector.fc1.weight"] = tensors.pop("projector.fc1.weight")[:48, :width]
+    tensors["projector.fc1.bias"] = tensors.pop("projector.fc1.bias")[:48]
+    tensors["projector.fc2.weight"] = tensors.pop("projector.fc2.weight")[:, :48]
+    del tensors["projector.fc3.weight"], tensors["projector.fc3.bias"]
+    write_tensors(folder / "model.safetensors", tensors)
+
+    def config(table: dict[str, Any]) -> None:
+        table.update(use_fused_vision_backbone=False, image_sizes=[70])
+        table["vision_backbone_id"] = ("dinov2-vit-l", "siglip-vit-so400m")[at]
+        for key in ("timm_model_ids", "timm_model_kwargs", "timm_override_act_layers"):
+            table[key] = [table[key][at]]
+
+    def pictures(table: dict[str, Any]) -> None:
+        for key in ("tvf_resize_params", "tvf_crop_params", "tvf_normalize_params"):
+            table[key] = [table[key][at]]
+        # the shorter side to 75, the middle of it: 73 pixels, of which 70 are whole patches
+        table["tvf_resize_params"][0]["size"] = 75
+        table["tvf_crop_params"][0]["output_size"] = [73, 73]
+        table.update(tvf_do_letterbox=True, tvf_letterbox_fill=[127, 127, 127])
+
+    edit_json(folder / "config.json", config)
+    edit_json(folder / "config.json", lambda t: t.update(image_sizes=[73]))
+    edit_json(folder / "preprocessor_config.json", pictures)
+    return folder
+
+
+@pytest.mark.parametrize("kept", ["featurizer", "fused_featurizer"])
+def test_one_tower_and_pictures_that_are_cut(kept: str, tmp_path: Path) -> None:
+    folder = one_tower(tmp_path, kept)
+    tokens = []
+    for target, engine in (("gguf-f32", "torch"), *EXACT[:3]):
+        if get_engine(engine).missing():
+            continue
+        made = vlac.compile(folder, target, tmp_path / f"out-{engine}", unnorm_key="toy_arm", goldens=1)
+        assert made.path is not None
+        with vlac.load(made.path, engine=engine, threads=1) as policy:
+            assert policy.act(**observation(MAIN, 0)).shape == (1, 5)
+            assert policy.tokens is not None
+            tokens.append(policy.tokens.tolist())
+    assert tokens == [tokens[0]] * len(tokens)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------

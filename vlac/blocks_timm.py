@@ -31,9 +31,6 @@ def towers(b: StageBuilder, pixels: str, specs: Sequence[TowerSpec], name: str) 
     grids = {(t.grid, t.patch_size, t.num_channels, t.image_size) for t in specs}
     if len(grids) != 1:
         raise Unsupported(f"towers of different patch grids: (grid, patch, channels, image) {sorted(grids)}")
-    used = first.grid * first.patch_size
-    for axis in (1, 2) if used != first.image_size else ():  # the convolution drops a remainder at right and bottom
-        pixels = b.op("slice", pixels, axis=axis, start=0, stop=used)
     patches, width = b.op("patchify", pixels, patch=first.patch_size, block=1), first.num_channels * first.patch_size**2
     features = []
     for i, spec in enumerate(specs):

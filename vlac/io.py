@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vlac.errors import ArtifactError
+from vlac.errors import ArtifactError, InputError
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,10 @@ class Step:
 
     step: str
     params: Mapping[str, Any] = field(default_factory=dict)
+
+
+CHOSEN = ("state_steps", "action_steps")
+"""What a choice of statistics replaces."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class IO:
         units: "robot", or "normalized" when compiled without statistics (state in and actions out stay normalised).
         rename: observation keys of the caller -> feature keys, applied first.
         n_action_steps: how many rows of a chunk a robot executes before asking again.
+        choices: name -> fields of this IO that it replaces: state and action steps under other statistics, for a policy
+            that was trained on several datasets (`act(unnorm_key=)`). One of them is what stands here already.
     """
 
     cameras: tuple[Camera, ...]
@@ -73,6 +79,19 @@ class IO:
     units: str = "robot"
     rename: Mapping[str, str] = field(default_factory=dict)
     action_names: tuple[str, ...] = ()
+    choices: Mapping[str, Mapping[str, tuple[Step, ...]]] = field(default_factory=dict)
+
+    def chosen(self, name: str | None) -> IO:
+        """This IO under one of its choices; None leaves it. InputError names those there are."""
+        if name is None:
+            return self
+        if name not in self.choices:
+            raise InputError(
+                f"no statistics under {name!r} in this artifact; to choose from: {', '.join(self.choices) or 'none'}",
+                remedy="compile with --unnorm-key NAME,NAME",
+            )
+        chosen = self.choices[name]
+        return replace(self, state_steps=chosen["state_steps"], action_steps=chosen["action_steps"])
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True)
@@ -86,6 +105,10 @@ class IO:
             for name in ("image_steps", "state_steps", "text_steps", "action_steps", "normalised_action_steps"):
                 d[name] = tuple(Step(s["step"], s["params"]) for s in d[name])
             d["action_names"] = tuple(d["action_names"])
+            d["choices"] = {
+                name: {f: tuple(Step(s["step"], s["params"]) for s in d["choices"][name][f]) for f in CHOSEN}
+                for name in d.get("choices", {})
+            }
             return IO(**d)
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"io description is broken: {type(error).__name__} {error}") from None

@@ -71,6 +71,11 @@ class OpenVLASpec:
         """Rows that all pictures together give the decoder."""
         return self.num_images_in_input * self.vision.grid**2
 
+    @property
+    def prompt_rows(self) -> Dim:
+        """Pictures and prompt tokens."""
+        return symbol("T") + self.image_rows
+
 
 # --- weights ---------------------------------------------------------------------------------------------------
 
@@ -159,7 +164,7 @@ def _prefill(spec: OpenVLASpec) -> Stage:
     """Pictures and prompt through the decoder, causally; leaves keys and values, and where decoding starts."""
     b = StageBuilder("prefill")
     tokens, valid, x, front = _prompt(b, spec)
-    count, rows = symbol("T"), _rows(spec)
+    count, rows = symbol("T"), spec.prompt_rows
     order = b.op("arange", start=0, stop=rows)
     real = b.op("concat", front, b.op("slice", valid, axis=0, start=1, stop=count), axis=0)
     mask = b.op("attention_mask", order, order, real)
@@ -173,17 +178,13 @@ def _prefill(spec: OpenVLASpec) -> Stage:
     return b.build()
 
 
-def _rows(spec: OpenVLASpec) -> Dim:
-    return symbol("T") + spec.image_rows
-
-
 def _decode(spec: OpenVLASpec) -> Stage:
     """One token in, the next one and its logits out."""
     b = StageBuilder("decode")
     turn, token = b.input("turn", "i32", 1), b.input("token", "i32", 1)
     x = b.op("embed", token, "@text.embed_tokens.weight")
     turns = spec.chunk_size * spec.action_dim
-    x = blocks_decode.decoder_turn(b, x, turn, turns, _rows(spec), spec.text, "text")
+    x = blocks_decode.decoder_turn(b, x, turn, turns, spec.prompt_rows, spec.text, "text")
     b.output(_choose(b, x, spec, "next_token"), "logits")
     return b.build()
 
@@ -214,7 +215,7 @@ def _policy(spec: OpenVLASpec) -> Stage:
     x = b.op("concat", prompt, last, zeros, b.op("embed", end, "@text.embed_tokens.weight"), axis=0)
     behind = b.op("full", shape=(actions + 2,), value=1.0, dtype="bool")
     real = b.op("concat", front, blocks_decode.without_last(b, valid, 1, count), behind, axis=0)
-    start = _rows(spec) + len(more)
+    start = spec.prompt_rows + len(more)
     block = blocks.block_ids(b, (start + actions + 2, 0))
     mask, positions = b.op("attention_mask", block, block, real), blocks.positions_of(b, real)
     for i in range(spec.text.num_hidden_layers):
@@ -245,7 +246,5 @@ def _l1_head(b: StageBuilder, x: str, spec: OpenVLASpec) -> str:
 
 
 FAMILY = families.add(
-    Family(
-        "openvla", build, doc="fused towers and a Llama decoder; action tokens, or OFT", title="OpenVLA"
-    )
+    Family("openvla", build, doc="fused towers and a Llama decoder; action tokens, or OFT", title="OpenVLA")
 )

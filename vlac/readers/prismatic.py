@@ -20,7 +20,7 @@ from vlac.families.openvla import BinsSpec, OpenVLASpec
 from vlac.io import IO, Camera, Step
 from vlac.policy import Policy, Source
 from vlac.readers.lerobot import Config
-from vlac.readers.prismatic_images import Preprocessing, read_preprocessing
+from vlac.readers.prismatic_images import read_preprocessing
 from vlac.readers.prismatic_weights import canonical_weights, open_side_file
 from vlac.readers.safetensors_file import open_folder, read_json
 from vlac.readers.tokenizer_file import read_tokenizer, token_id
@@ -63,7 +63,7 @@ PROMPTS = {
 NOT_READ = (
     "arch_specifier", "architectures", "auto_map", "hf_llm_id", "llm_backbone_id", "llm_max_length", "torch_dtype",
     "transformers_version", "image_resize_strategy", "output_projector_states", "use_cache", "pad_token_id",
-    "_name_or_path", "return_dict", "timm_override_act_layers",
+    "_name_or_path", "return_dict",
 )  # fmt: skip
 """Config keys that do not act on inference in float32, or act through preprocessor_config.json."""
 
@@ -118,9 +118,9 @@ def _tower(opened: Opened, index: int, timm_id: str, image: int, kwargs: Mapping
     tower = TowerSpec(
         hidden_size=patch[0],
         intermediate_size=opened.shape(f"{prefix}.blocks.0.mlp.fc1.weight", 2)[0],
-        num_hidden_layers=max(found) - 0,  # the last of max + 1 layers is left out: the features are those before it
+        num_hidden_layers=max(found),  # of max + 1: the features are those before the last one
         num_attention_heads=heads,
-        image_size=image,
+        image_size=image // patch[-1] * patch[-1],  # the convolution drops a remainder; here the picture is cut
         patch_size=patch[-1],
         num_channels=patch[1],
         layer_norm_eps=1e-6,
@@ -145,6 +145,10 @@ def _towers(opened: Opened) -> tuple[TowerSpec, ...]:
     sizes = config.raw("image_sizes") or [BACKBONES[name][1]] * len(ids)
     kwargs = config.raw("timm_model_kwargs") or [{}] * len(ids)
     fused = config.raw("use_fused_vision_backbone", len(ids) == 2)
+    if any(config.raw("timm_override_act_layers") or ()):
+        raise Unsupported(
+            f"{config.path}: timm_override_act_layers (towers with another activation) is not implemented"
+        )
     if not (1 <= len(ids) == len(sizes) == len(kwargs) <= 2) or fused != (len(ids) == 2):
         raise CheckpointError(f"{config.path}: {len(ids)} vision towers, sizes {sizes}, fused {fused}")
     if len(set(sizes)) != 1 or not all(isinstance(s, int) and 0 < s < 8192 for s in sizes):
@@ -196,8 +200,8 @@ def _text(opened: Opened) -> DecoderSpec:
 # --- statistics ------------------------------------------------------------------------------------------------
 
 
-def _statistics(opened: Opened) -> Mapping[str, Any]:
-    """Those of the dataset that --unnorm-key names, from dataset_statistics.json if there is one, else config.json."""
+def _statistics(opened: Opened) -> dict[str, Mapping[str, Any]]:
+    """Those of the datasets that --unnorm-key names, from dataset_statistics.json if there is one, else config.json."""
     path = opened.folder / "dataset_statistics.json"
     table = opened.config.raw("norm_stats")
     where = str(opened.config.path)
@@ -205,19 +209,23 @@ def _statistics(opened: Opened) -> Mapping[str, Any]:
         table, where = read_json(path), str(path)
     if not isinstance(table, dict) or not table:
         raise CheckpointError(
-            f"{where}: no norm_stats, which say how many numbers an action has", remedy="fine-tuned checkpoints have "
-            "dataset_statistics.json; copy it into the folder"
-        )  # fmt: skip
-    key = opened.options.unnorm_key or opened.options.stats_key
-    if key is None and len(table) > 1:
-        raise CheckpointError(
-            f"{where}: statistics of {len(table)} datasets: {', '.join(sorted(table)[:12])}",
-            remedy="choose one with --unnorm-key",
+            f"{where}: no norm_stats, which say how many numbers an action has",
+            remedy="fine-tuned checkpoints have dataset_statistics.json; copy it into the folder",
         )
-    key = next(iter(table)) if key is None else key
-    if key not in table or not isinstance(table[key], dict):
-        raise CheckpointError(f"{where}: no statistics under {key!r}; there are: {', '.join(sorted(table)[:12])}")
-    return dict(table[key])
+    named = opened.options.unnorm_key or opened.options.stats_key
+    there = f"{', '.join(sorted(table)[:12])}{', ...' if len(table) > 12 else ''}"
+    if named is None and len(table) > 1:
+        opened.problem(
+            CheckpointError(
+                f"{where}: statistics of {len(table)} datasets: {there}",
+                remedy="choose one with --unnorm-key, or several with commas: act(unnorm_key=) then chooses",
+            )
+        )
+    keys = [k.strip() for k in named.split(",")] if named and named not in table else [named or next(iter(table))]
+    for key in keys:
+        if not isinstance(table.get(key), dict):
+            raise CheckpointError(f"{where}: no statistics under {key!r}; there are: {there}")
+    return {key: table[key] for key in keys}
 
 
 def _bounds(statistics: Mapping[str, Any], group: str, kind: str, where: str) -> tuple[str, dict[str, list[float]]]:
@@ -310,63 +318,66 @@ def _oft(opened: Opened, spec: OpenVLASpec) -> OpenVLASpec:
     )
 
 
-def _io(opened: Opened, spec: OpenVLASpec, pictures: Preprocessing, statistics: Mapping[str, Any], final_id: int) -> IO:
-    where, known = str(opened.config.path), not opened.options.no_stats
-    mode, bounds = _bounds(statistics, "action", spec.action_bounds, where)
-    to_numbers = Step(
-        "token_bins",
-        {
-            "bins": spec.bins.count,
-            "kind": spec.bins.kind,
-            "first": spec.bins.first,
-            "direction": spec.bins.direction,
-            "columns": spec.action_dim,
-            "end": spec.end_token_id,
-        },
-    )
-    decoded = (to_numbers,) if spec.head_blocks < 0 else ()
-    state_steps: tuple[Step, ...] = ()
+def _decoded(spec: OpenVLASpec) -> tuple[Step, ...]:
+    """From tokens to bin centres, where the network gives tokens."""
+    bins = {"bins": spec.bins.count, "kind": spec.bins.kind, "first": spec.bins.first, "direction": spec.bins.direction}
+    step = Step("token_bins", {**bins, "columns": spec.action_dim, "end": spec.end_token_id})
+    return () if spec.head_blocks >= 0 else (step,)
+
+
+def _numbers(opened: Opened, spec: OpenVLASpec, key: str, table: Mapping[str, Any]) -> dict[str, tuple[Step, ...]]:
+    """State and action steps under the statistics of one dataset."""
+    where, known = f"{opened.config.path}: norm_stats.{key}", not opened.options.no_stats
+    mode, bounds = _bounds(table, "action", spec.action_bounds, where)
+    steps: dict[str, tuple[Step, ...]] = {"state_steps": ()}
+    steps["action_steps"] = (*_decoded(spec), Step("unnormalise", {"mode": mode, **bounds}))
+    found = [(spec.action_dim, bounds)]
     if spec.proprio_dim:
-        state_mode, state = _bounds(statistics, "proprio", spec.action_bounds, where)
-        if len(next(iter(state.values()))) != spec.proprio_dim:
+        mode, state = _bounds(table, "proprio", spec.action_bounds, where)
+        found.append((spec.proprio_dim, state))
+        steps["state_steps"] = (Step("normalise", {"mode": mode, **state}), Step("clamp", {"low": -1.0, "high": 1.0}))
+    for size, part in found:
+        if any(len(v) != size for v in part.values()):
             raise CheckpointError(
-                f"{where}: proprio statistics of another length than the projector's {spec.proprio_dim}"
+                f"{where}: statistics of {len(next(iter(part.values())))} numbers, the network has {size}",
+                remedy="datasets of other sizes go into other artifacts",
             )
-        scaled = (Step("normalise", {"mode": state_mode, **state}),) if known else ()
-        state_steps = (*scaled, Step("clamp", {"low": -1.0, "high": 1.0}))
+    if known:
+        return steps
+    return {name: tuple(s for s in part if s.step not in ("normalise", "unnormalise")) for name, part in steps.items()}
+
+
+def _io(
+    opened: Opened, spec: OpenVLASpec, pictures: tuple[Step, ...], statistics: Mapping[str, Any], final_id: int
+) -> IO:
+    choices = {key: _numbers(opened, spec, key, table) for key, table in statistics.items()}
+    first = next(iter(choices.values()))
     names = ["image", "wrist_image", *(f"wrist_image{i}" for i in range(2, spec.num_images_in_input))]
     before, after = PROMPTS["openvla-v01" if "v01" in opened.folder.name else "openvla"]
     side = spec.vision.image_size
+    tokenise = {"max_length": spec.tokenizer_max_length, "padding": "longest", "truncation": False}
     return IO(
         cameras=tuple(Camera(f"observation.images.{n}", (3, side, side)) for n in names[: spec.num_images_in_input]),
-        image_steps=pictures.steps,
+        image_steps=pictures,
         state_key="observation.state" if spec.proprio_dim else "",
         state_dim=spec.proprio_dim,
-        state_steps=state_steps,
         text_steps=(
             Step("lowercase"),
             Step("surround", {"before": before, "after": after}),
-            Step(
-                "tokenise",
-                {
-                    "max_length": spec.tokenizer_max_length,
-                    "padding": "longest",
-                    "truncation": False,
-                    "add_special_tokens": True,
-                    "final_id": final_id,
-                },
-            ),
+            Step("tokenise", {**tokenise, "add_special_tokens": True, "final_id": final_id}),
         ),
         action_key="action",
         action_dim=spec.action_dim,
         max_action_dim=spec.action_dim,
         chunk_size=spec.chunk_size,
         n_action_steps=spec.chunk_size,
-        action_steps=(*decoded, *((Step("unnormalise", {"mode": mode, **bounds}),) if known else ())),
-        normalised_action_steps=decoded,
+        normalised_action_steps=_decoded(spec),
         image_size=side,
         vocab_size=spec.text.vocab_size,
-        units="robot" if known else "normalized",
+        units="normalized" if opened.options.no_stats else "robot",
+        choices=choices if len(choices) > 1 else {},
+        state_steps=first["state_steps"],
+        action_steps=first["action_steps"],
     )
 
 
@@ -405,7 +416,7 @@ def read(folder: Path, options: ReadOptions) -> Policy:
     opened = _open(folder, options)
     opened.config.raw("model_type")
     statistics = _statistics(opened)
-    spec = _spec(opened, statistics)
+    spec = _spec(opened, next(iter(statistics.values())))
     tokenizer = _tokenizer(opened)
     final = token_id(tokenizer, "\N{LOWER ONE EIGHTH BLOCK}", str(folder)) if tokenizer else 0
     io = _io(opened, spec, read_preprocessing(folder, spec.towers), statistics, final)

@@ -7,7 +7,6 @@ released files they are rounded to bfloat16.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,11 @@ from vlac.readers.safetensors_file import read_json
 from vlac.runtime.pillow_steps import FILTERS
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """Image steps: one picture, resized once, normalised for every tower."""
+def read_preprocessing(folder: Path, towers: Sequence[TowerSpec]) -> tuple[Step, ...]:
+    """Image steps: one picture, resized once, normalised for every tower, cut to whole patches.
 
-    steps: tuple[Step, ...]
-
-
-def read_preprocessing(folder: Path, towers: Sequence[TowerSpec]) -> Preprocessing:
-    """Raises CheckpointError (missing, broken) and Unsupported (towers that are resized differently)."""
+    Raises CheckpointError (missing, broken) and Unsupported (towers that are resized differently).
+    """
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; it says how pictures are resized and normalised")
@@ -37,8 +32,9 @@ def read_preprocessing(folder: Path, towers: Sequence[TowerSpec]) -> Preprocessi
     if any(r != resize[0] for r in resize) or any(c != crop[0] for c in crop):
         raise Unsupported(f"{path}: towers are resized or cropped differently: {resize}, {crop}")
     height, width = _pair(path, crop[0].get("output_size"))
-    if (height, width) != (towers[0].image_size, towers[0].image_size):
-        raise CheckpointError(f"{path}: pictures of {height}x{width} for towers of {towers[0].image_size}")
+    side, patch = towers[0].image_size, towers[0].patch_size
+    if any(v // patch * patch != side for v in (height, width)):
+        raise CheckpointError(f"{path}: pictures of {height}x{width} for towers of {side}")
     size = resize[0].get("size")
     size = size[0] if isinstance(size, list) and len(size) == 1 else size
     kind = resize[0].get("interpolation", 2)
@@ -60,7 +56,9 @@ def read_preprocessing(folder: Path, towers: Sequence[TowerSpec]) -> Preprocessi
         steps.append(Step("centre_crop", {"height": height, "width": width}))
     means, stds = ([_channels(path, n.get(k), k) for n in normal] for k in ("mean", "std"))
     steps.append(Step("stack_normalised", {"mean": means, "std": stds}))
-    return Preprocessing(tuple(steps))
+    if (height, width) != (side, side):
+        steps.append(Step("top_left", {"height": side, "width": side}))
+    return tuple(steps)
 
 
 def _per_tower(path: Path, table: dict[str, Any], key: str, towers: Sequence[TowerSpec]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from vlac.errors import ArtifactError, InputError
 from vlac.io import Step
-from vlac.runtime.pillow_steps import centre_crop, pillow_fit, pillow_resize, square, stack_normalised
+from vlac.runtime.pillow_steps import centre_crop, pillow_fit, pillow_resize, square, stack_normalised, top_left
 
 Array = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
@@ -157,6 +157,7 @@ IMAGE_STEPS: dict[str, StepFunction] = {
     "pillow_fit": pillow_fit,
     "centre_crop": centre_crop,
     "stack_normalised": stack_normalised,
+    "top_left": top_left,
 }
 STATE_STEPS: dict[str, StepFunction] = {"normalise": normalise, "clamp": clamp, "pad": pad}
 

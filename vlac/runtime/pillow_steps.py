@@ -78,6 +78,12 @@ def centre_crop(x: Array, *, height: int, width: int) -> Array:
     return x[:, top : top + height, left : left + width]
 
 
+def top_left(x: Array, *, height: int, width: int) -> Array:
+    """The first rows and columns: what a convolution without padding sees of a picture that is no whole number of
+    patches."""
+    return x[:, :height, :width]
+
+
 def stack_normalised(x: Array, *, mean: Sequence[Sequence[float]], std: Sequence[Sequence[float]]) -> Array:
     """(x - mean) / std per channel, once for each row of `mean` and `std`: [3, H, W] -> [3 * towers, H, W]."""
     parts = [
