@@ -24,6 +24,8 @@ class EngineSession(ABC):
     """
 
     engine: str
+    one_graph = False
+    """Whether `run_all` makes the whole chunk."""
     info: dict[str, Any]
     """Versions, provider, CPU features, threads: what a bench report should name."""
 

@@ -18,7 +18,9 @@ from vlac.engines.base import Engine, EngineSession, NpArray, Values
 from vlac.engines.onnx_files import SINGLE, default_threads, graph_files, integer_formats
 from vlac.errors import EngineError
 
-DECLINES: Mapping[str, str] = {}
+DECLINES: Mapping[str, str] = dict.fromkeys(
+    ("column_mean", "pack_codes", "unpack_codes"), "packed keys and values have no ONNX form here; use a gguf target"
+)
 """op -> why this engine does not run it."""
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -49,7 +51,7 @@ class OnnxRuntimeSession(EngineSession):
         widen = two_forms and int8 == "float"
         count = threads or default_threads()
         self._path = artifact.path
-        self._single = bool(artifact.manifest.get("single_file"))
+        self._single = self.one_graph = bool(artifact.manifest.get("single_file"))
         settings = _settings(onnxruntime, count, widen, bool(options.get("spinning")))
         # MatMul + Add would become Gemm, which dequantised weights are not fused with: widened at every run
         disabled = ["MatMulAddFusion"] if integer_formats(artifact) and not widen else []

@@ -21,6 +21,9 @@ from vlac.graph import Program, Stage, infer_stage
 
 DECLINES: Mapping[str, str] = {
     "time_embedding": "OpenVINO computes its float64 sinusoids in float32; lowering turns them into a table of steps",
+    **dict.fromkeys(
+        ("column_mean", "pack_codes", "unpack_codes"), "packed keys and values have no ONNX form here; use a gguf target"
+    ),
 }
 """op -> why this engine does not run it."""
 
@@ -41,7 +44,7 @@ class OpenVinoSession(EngineSession):
         files = graph_files(artifact, self.engine, "portable")
         self._core = openvino.Core()
         self._path = artifact.path
-        self._single = bool(artifact.manifest.get("single_file"))
+        self._single = self.one_graph = bool(artifact.manifest.get("single_file"))
         device = str(options.get("device", "CPU"))
         if device.split(".")[0] not in {d.split(".")[0] for d in self._core.available_devices}:
             raise EngineError(f"openvino has no device {device!r}; there are: {self._core.available_devices}")

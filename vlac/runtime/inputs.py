@@ -20,7 +20,8 @@ from vlac.runtime import cameras
 from vlac.runtime.actions import needs_state
 from vlac.runtime.observation import STATE_STEPS, Array, apply_steps, finite_vector, preprocess_image
 from vlac.runtime.prompt import reads_state
-from vlac.runtime.tokenizer import encode_task, load_tokenizer, max_prompt_tokens, truncation_notice
+from vlac.runtime.reuse import Reuse
+from vlac.runtime.tokenizer import Prompt, encode_task, load_tokenizer, max_prompt_tokens, truncation_notice
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -89,10 +90,12 @@ def prepare(
     seed: int | None = None,
     units: str | None = None,
     strict: bool = False,
+    reuse: Reuse | None = None,
 ) -> Prepared:
     """Checks and preprocesses one observation; arguments as in `Session.act`.
 
     tokenizer: a loaded one, the bytes of tokenizer.json, or None for policies that read no text.
+    reuse: what earlier calls made, for pictures and prompts that are the same again.
     Raises InputError naming the camera, the state, the task, the tokens or the noise.
     """
     wanted = runtime_types(program)
@@ -104,12 +107,13 @@ def prepare(
     raw, normalised = _states(io, state, units, "state" in wanted, tokens is None)
     ids: NpArray | None = None
     if "tokens" in wanted:
-        ids, warnings = _prompt(io, tokenizer, task, tokens, mask, strict, normalised)
+        ids, warnings = _prompt(io, tokenizer, task, tokens, mask, strict, normalised, reuse)
     elif task is not None or tokens is not None or mask is not None:
         raise InputError("this policy reads no text", remedy="leave task, tokens and mask out")
     symbols = _symbols(program, len(slots), 0 if ids is None else len(ids))
     if given:
-        env.update(_camera_values(io, given, len(slots), _extent(wanted, "image_valid", symbols, len(slots)), wanted))
+        size = _extent(wanted, "image_valid", symbols, len(slots))
+        env.update(_camera_values(io, given, len(slots), size, wanted, reuse))
     if ids is not None:
         env.update(_token_values(ids, _extent(wanted, "tokens", symbols, len(ids))))
     if "state" in wanted and normalised is not None:
@@ -168,13 +172,18 @@ def _check(wanted: Mapping[str, Type], env: Mapping[str, NpArray], symbols: Mapp
 
 
 def _camera_values(
-    io: IO, given: Mapping[str, Any], slot_count: int, size: int, wanted: Mapping[str, Type]
+    io: IO,
+    given: Mapping[str, Any],
+    slot_count: int,
+    size: int,
+    wanted: Mapping[str, Type],
+    reuse: Reuse | None,
 ) -> Iterator[tuple[str, NpArray]]:
     if len(given) > size or slot_count > size:
         raise InputError(f"{slot_count} camera slots, this artifact holds {size}", remedy="give fewer cameras")
     if size > len(given) and "image_valid" not in wanted:
         raise InputError(f"this network wants every camera: {cameras.describe(io)}", remedy="give a picture for each")
-    pictures = [preprocess_image(picture, io.image_steps, camera=key) for key, picture in given.items()]
+    pictures = [_picture(io, key, picture, reuse) for key, picture in given.items()]
     pixels = np.zeros((size, *pictures[0].shape), dtype=np.float32)
     for slot, (key, picture) in enumerate(zip(given, pictures, strict=True)):
         if picture.shape != pixels.shape[1:]:
@@ -187,6 +196,13 @@ def _camera_values(
     yield "image_valid", np.arange(size) < len(given)
     if "camera_valid" in wanted:
         yield "camera_valid", np.arange(size) < slot_count
+
+
+def _picture(io: IO, key: str, picture: Any, reuse: Reuse | None) -> Array:
+    def make() -> Array:
+        return preprocess_image(picture, io.image_steps, camera=key)
+
+    return make() if reuse is None else reuse.picture(key, picture, make)
 
 
 def _token_values(ids: NpArray, size: int) -> Iterator[tuple[str, NpArray]]:
@@ -206,6 +222,7 @@ def _prompt(
     mask: Any,
     strict: bool,
     state: Array | None = None,
+    reuse: Reuse | None = None,
 ) -> tuple[NpArray, tuple[str, ...]]:
     """The valid token ids i32[n] of a task or of given tokens, and warnings."""
     if task is not None and tokens is not None:
@@ -220,7 +237,16 @@ def _prompt(
         raise InputError("this artifact carries no tokenizer", remedy="give tokens= and mask= instead of task=")
     if isinstance(tokenizer, bytes):
         tokenizer = load_tokenizer(tokenizer)
-    prompt = encode_task(io.text_steps, tokenizer, task, strict=strict, state=state)
+    loaded = tokenizer
+
+    def make() -> Prompt:
+        return encode_task(io.text_steps, loaded, task, strict=strict, state=state)
+
+    if reuse is None or not isinstance(task, str):
+        prompt = make()
+    else:
+        seen = state.tobytes() if state is not None and reads_state(io.text_steps) else b""
+        prompt = reuse.prompt((task, strict, seen), make)
     ids = prompt.ids[prompt.valid]
     _check_ids(io, ids, "the tokenizer gives")
     return ids, (truncation_notice(prompt),) if prompt.lost else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from vlac.graph import Call, Program, Repeat, Stage
 from vlac.ops import DTYPES
 from vlac.runtime.inputs import bind
 from vlac.runtime.observation import Array
+from vlac.runtime.reuse import Reuse
 
 NpArray = np.ndarray[Any, Any]
 Taps = MutableMapping[str, NpArray]
@@ -28,6 +30,7 @@ def execute(
     taps: Taps | None = None,
     stats: Stats | None = None,
     collected: Taps | None = None,
+    reuse: Reuse | None = None,
 ) -> Array:
     """The normalised chunk f32 [N, A] of one prepared observation.
 
@@ -38,6 +41,7 @@ def execute(
         stats: if given, collects milliseconds per stage ("vision_ms": all cameras together, ...).
         collected: if given, receives what a Repeat collects over its turns, by name; of an artifact that is one graph
             only its result.
+        reuse: if given, stages whose inputs it knows are not run. Not together with `taps`.
 
     An artifact that is one graph (`EngineSession.run_all`) has only its result to tap, and one time, "model_ms".
 
@@ -47,7 +51,7 @@ def execute(
     for stage in program.stages:
         check_rows(program, stage, values)
     started = time.perf_counter()
-    whole = engine.run_all(values, symbols)
+    whole = _run_whole(engine, values, symbols, reuse)
     if whole is not None:
         _note(stats, "model", started)
         if taps is not None:
@@ -58,7 +62,7 @@ def execute(
         return finite_chunk(whole[program.schedule.result], engine.engine)
     for step in program.schedule.steps:
         started = time.perf_counter()
-        out = _run_step(program, engine, step, values, symbols, taps)
+        out = _run_step(program, engine, step, values, symbols, taps, reuse)
         _note(stats, step.stage, started)
         values.update(out)
         if taps is not None:
@@ -83,6 +87,14 @@ def generated(program: Program, collected: Mapping[str, NpArray]) -> NpArray | N
     return None if ids is None or ids.dtype != np.int32 else np.array(ids).reshape(-1)
 
 
+def per_token(program: Program, stats: Mapping[str, float], tokens: NpArray | None) -> dict[str, float]:
+    """{"decode_token_ms": milliseconds per generated token} of a loop that generates tokens one by one."""
+    loops = [s.stage for s in program.schedule.steps if isinstance(s, Repeat) and s.collect]
+    if tokens is None or not len(tokens):
+        return {}
+    return {f"{stage}_token_ms": stats[f"{stage}_ms"] / len(tokens) for stage in loops if f"{stage}_ms" in stats}
+
+
 def _note(stats: Stats | None, stage: str, started: float) -> None:
     if stats is not None:
         key = f"{stage}_ms"
@@ -96,14 +108,26 @@ def _run_step(
     values: Mapping[str, NpArray],
     symbols: Mapping[str, int],
     taps: Taps | None,
+    reuse: Reuse | None,
 ) -> dict[str, NpArray]:
     if isinstance(step, Repeat):
-        return _repeat(program, engine, step, values, symbols, taps)
+        return _repeat(program, engine, step, values, symbols, taps, reuse)
     if step.each == "camera":
-        return _each_camera(program, engine, step, values, symbols)
+        return _each_camera(program, engine, step, values, symbols, reuse)
     if step.each:
         raise ArtifactError(f"schedule calls {step.stage} for each {step.each!r}, which this vlac does not know")
-    return engine.run(step.stage, checked(program, program.stage(step.stage), values, symbols), symbols)
+    inputs = checked(program, program.stage(step.stage), values, symbols)
+    run = partial(engine.run, step.stage, inputs, symbols)
+    return run() if reuse is None else reuse.stage(step.stage, inputs, run)
+
+
+def _run_whole(
+    engine: EngineSession, values: Mapping[str, NpArray], symbols: Mapping[str, int], reuse: Reuse | None
+) -> dict[str, NpArray] | None:
+    """Everything at once, for an artifact that is one graph; None for others."""
+    if reuse is None or not engine.one_graph:
+        return engine.run_all(values, symbols)
+    return reuse.stage("model", values, lambda: engine.run_all(values, symbols) or {})
 
 
 def finite_chunk(chunk: NpArray, engine: str) -> Array:
@@ -155,15 +179,21 @@ def check_rows(program: Program, stage: Stage, values: Mapping[str, NpArray]) ->
 
 
 def _each_camera(
-    program: Program, engine: EngineSession, step: Call, values: Mapping[str, NpArray], symbols: Mapping[str, int]
+    program: Program,
+    engine: EngineSession,
+    step: Call,
+    values: Mapping[str, NpArray],
+    symbols: Mapping[str, int],
+    reuse: Reuse | None,
 ) -> dict[str, NpArray]:
     """The stage for every camera that was given; outputs joined along axis 0 in slot order, zeros for the others."""
     stage = program.stage(step.stage)
     pixels, given = values["pixels"], values["image_valid"]
     found: dict[int, dict[str, NpArray]] = {}
-    for slot in np.flatnonzero(given):
+    for slot in map(int, np.flatnonzero(given)):
         inputs = checked(program, stage, {**values, "pixels": pixels[slot]}, symbols)
-        found[int(slot)] = engine.run(stage.name, inputs, symbols)
+        run = partial(engine.run, stage.name, inputs, symbols)
+        found[slot] = run() if reuse is None else reuse.stage(stage.name, inputs, run, slot=slot, keep=len(pixels))
     first = next(iter(found.values()))
     blank = {name: np.zeros_like(first[name]) for name in stage.outputs}
     rows = [found.get(slot, blank) for slot in range(len(pixels))]
@@ -177,6 +207,7 @@ def _repeat(
     values: Mapping[str, NpArray],
     symbols: Mapping[str, int],
     taps: Taps | None,
+    reuse: Reuse | None,
 ) -> dict[str, NpArray]:
     stage = program.stage(step.stage)
     start = {into: values[initial] for _, into, initial in step.carry}
@@ -184,7 +215,8 @@ def _repeat(
         inputs = checked(program, stage, {**values, **start, step.index: np.array([i], dtype=np.int32)}, symbols)
     if taps is None:
         inputs.update({initial: values[initial] for _, _, initial in step.carry})
-        return engine.repeat(step, inputs, symbols)
+        run = partial(engine.repeat, step, inputs, symbols)
+        return run() if reuse is None else reuse.stage(stage.name, inputs, run)
     out: dict[str, NpArray] = {}
     turns: list[dict[str, NpArray]] = []
     inputs.update(start)

@@ -26,7 +26,8 @@ from vlac.io import IO
 from vlac.runtime.actions import ACTION_STEPS, apply_action_steps
 from vlac.runtime.inputs import Prepared, bind, prepare, resolve_units, runtime_types
 from vlac.runtime.observation import IMAGE_STEPS, STATE_STEPS, Array, apply_steps, check_steps
-from vlac.runtime.schedule import execute, finite_chunk, generated
+from vlac.runtime.reuse import Reuse
+from vlac.runtime.schedule import execute, finite_chunk, generated, per_token
 from vlac.runtime.tokenizer import check_text_steps, load_tokenizer, max_prompt_tokens
 
 __all__ = ["HParams", "Prepared", "Session", "execute", "load", "prepare"]
@@ -43,6 +44,7 @@ class HParams(Mapping[str, Any]):
 
     cameras: feature keys in the order the network sees them; camera_names: their last parts, which `act` takes as well.
     chunk_size: rows of a chunk; n_action_steps: how many of them to execute before asking again.
+    unnorm_keys: datasets whose statistics `act(unnorm_key=)` can choose; empty where there is no choice.
     units: "robot", or "normalized" for a policy compiled without statistics.
     """
 
@@ -63,6 +65,7 @@ class HParams(Mapping[str, Any]):
     name: str
     target: str
     engine: str
+    unnorm_keys: tuple[str, ...] = ()
 
     def __getitem__(self, key: str) -> Any:
         if key not in self.__dataclass_fields__:
@@ -91,7 +94,7 @@ def load(
         path: the folder that `vlac compile` wrote, or a .gguf file.
         engine: "onnxruntime", "openvino", "ggml", "torch", "numpy"; None takes the artifact's best that is installed.
         threads: CPU threads; None lets the engine choose.
-        options: for the engine.
+        options: for the engine; and "reuse": False, so that every `act` computes everything anew.
 
     Raises:
         ArtifactError: the artifact is broken. EngineError: the engine is missing or cannot run it.
@@ -128,7 +131,11 @@ def check_io(artifact: Artifact) -> None:
 
     Raises ArtifactError naming the list and step.
     """
-    io, where = artifact.io, f"{artifact.path}: io"
+    for key in (None, *artifact.io.choices):
+        _check_io(artifact, artifact.io.chosen(key), f"{artifact.path}: io{f' of {key}' if key else ''}")
+
+
+def _check_io(artifact: Artifact, io: IO, where: str) -> None:
     check_steps(IMAGE_STEPS, io.image_steps, f"{where}.image_steps", 3)
     check_steps(STATE_STEPS, io.state_steps, f"{where}.state_steps", io.state_dim)
     check_steps(ACTION_STEPS, io.action_steps, f"{where}.action_steps", io.action_dim)
@@ -161,7 +168,8 @@ class Session:
     Attributes:
         hparams: see HParams. info: engine, versions, threads, as a bench report should name them.
         stats: milliseconds of the last `act`: preprocess_ms, one entry per stage (vision_ms, prefix_ms, flow_ms),
-            total_ms; empty before.
+            total_ms; and "reused": what was taken from earlier calls because its inputs were the same bit for bit, e.g.
+            ("prompt", "picture observation.images.top", "vision[0]"). Empty before.
         tokens: the ids that the last `act` generated, i32 [n], up to and with the one that ended it; None before, and
             for a policy that generates none.
     """
@@ -180,12 +188,14 @@ class Session:
         self._tokenizer = (
             load_tokenizer(artifact.tokenizer, f"{artifact.path}: tokenizer") if artifact.tokenizer else None
         )
+        options = dict(options or {})
+        self._reuse = Reuse() if _switch(options.pop("reuse", True)) else None
         chosen = choose_engine(artifact, engine)
         self._engine: EngineSession | None = chosen.open(artifact, threads=threads, options=options)
         self._verification = Verification(artifact)
         self._lock = threading.Lock()
         self._noted: tuple[str, ...] = ()
-        self.stats: dict[str, float] = {}
+        self.stats: dict[str, Any] = {}
         self.tokens: NpArray | None = None
         self.hparams = _hparams(artifact, chosen.name)
         self.info: dict[str, Any] = {
@@ -217,6 +227,8 @@ class Session:
         seed: int | None = None,
         units: str | None = None,
         strict: bool = False,
+        unnorm_key: str | None = None,
+        reuse: bool = True,
     ) -> Array:
         """One observation -> one action chunk, float32 [chunk_size, action_dim].
 
@@ -229,6 +241,9 @@ class Session:
                 a PCG64 generator that draws it; neither: fresh noise.
             units: "robot" or "normalized", for state and chunk; None = the artifact's own (`hparams.units`).
             strict: refuse a task that is longer than the policy's prompt instead of cutting it as the original does.
+            unnorm_key: whose statistics, where the artifact holds several (`hparams.unnorm_keys`); None = the first
+                that was named when compiling.
+            reuse: False computes everything anew and remembers nothing; see `stats["reused"]`.
 
         Raises:
             InputError: names the camera, state, task, tokens or noise that does not fit.
@@ -238,9 +253,13 @@ class Session:
             if self._engine is None:
                 raise EngineError("this session is closed", remedy="load the artifact again")
             started = time.perf_counter()
+            known = self._reuse if reuse else None
+            if known is not None:
+                known.begin()
             units = resolve_units(self.io, units)
+            io = self.io.chosen(unnorm_key)
             ready = prepare(
-                self.io,
+                io,
                 self._tokenizer,
                 self.artifact.program,
                 images=images,
@@ -252,16 +271,28 @@ class Session:
                 seed=seed,
                 units=units,
                 strict=strict,
+                reuse=known,
             )
-            stats = {"preprocess_ms": (time.perf_counter() - started) * 1e3}
+            stats: dict[str, Any] = {"preprocess_ms": (time.perf_counter() - started) * 1e3}
             collected: dict[str, NpArray] = {}
-            x = execute(self.artifact.program, self._engine, ready.env, ready.symbols, stats=stats, collected=collected)
-            steps = self.io.action_steps if units == "robot" else self.io.normalised_action_steps
-            chunk = finite_chunk(apply_action_steps(steps, x, ready.state), self._engine.engine)
+            x = execute(
+                self.artifact.program,
+                self._engine,
+                ready.env,
+                ready.symbols,
+                stats=stats,
+                collected=collected,
+                reuse=known,
+            )
+            steps = io.action_steps if units == "robot" else io.normalised_action_steps
+            # a copy: the steps may be none, and what a stage returned is kept for the next call
+            chunk = finite_chunk(apply_action_steps(steps, x, ready.state), self._engine.engine).copy()
             self._verification.wait()  # before the first chunk leaves: a damaged weight must not move an arm
+            stats["reused"] = () if known is None else tuple(known.used)
             stats["total_ms"] = (time.perf_counter() - started) * 1e3
             self.stats, self._noted = stats, ready.warnings
             self.tokens = generated(self.artifact.program, collected)
+            stats.update(per_token(self.artifact.program, stats, self.tokens))
         for text in ready.warnings:
             python_warnings.warn(text, VlacWarning, stacklevel=2)
         return chunk
@@ -270,6 +301,8 @@ class Session:
         """Frees the engine's memory; `act` fails afterwards. Closing twice is fine."""
         with self._lock:
             engine, self._engine = self._engine, None
+            if self._reuse is not None:
+                self._reuse.clear()
         self._verification.cancel()
         if engine is not None:
             engine.close()
@@ -287,6 +320,12 @@ class Session:
         return f"Session({h.name}, {h.target} on {h.engine}, chunk {h.chunk_size} x {h.action_dim})"
 
 
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise EngineError(f"option reuse={value!r}, expected True or False")
+    return value
+
+
 def _hparams(artifact: Artifact, engine: str) -> HParams:
     io, manifest = artifact.io, artifact.manifest
     same = {f.name for f in dataclasses.fields(HParams)} & {f.name for f in dataclasses.fields(IO)} - {"cameras"}
@@ -298,5 +337,6 @@ def _hparams(artifact: Artifact, engine: str) -> HParams:
         name=str(manifest.get("name", artifact.program.name)),
         target=str(manifest.get("target", "")),
         engine=engine,
+        unnorm_keys=tuple(io.choices),
         **{name: getattr(io, name) for name in same},
     )
