@@ -10,7 +10,7 @@ from __future__ import annotations
 from vlac.dims import Dim
 from vlac.errors import Unsupported
 from vlac.graph import StageBuilder
-from vlac.spec import DecoderSpec, FlowSpec, VisionSpec
+from vlac.spec import DecoderSpec, EncoderSpec, FlowSpec, VisionSpec
 from vlac.weights import LazyTensor
 
 Shapes = dict[str, tuple[int, ...]]
@@ -50,23 +50,24 @@ def vit_tower(b: StageBuilder, pixels: str, spec: VisionSpec, name: str = "visio
     return _layer_norm(b, vit_layers(b, x, spec, name), spec, f"{name}.post_layernorm")
 
 
-def vit_layers(b: StageBuilder, x: str, spec: VisionSpec, name: str) -> str:
-    """The pre-norm layers of a ViT on rows of any number; every row sees every other."""
+def vit_layers(b: StageBuilder, x: str, spec: VisionSpec | EncoderSpec, name: str, mask: str = "") -> str:
+    """The pre-norm layers of a ViT on rows of any number; every row sees every other, or those that `mask` allows."""
     for i in range(spec.num_hidden_layers):
-        x = _vit_layer(b, x, spec, f"{name}.layers.{i}")
+        x = _vit_layer(b, x, spec, f"{name}.layers.{i}", mask)
     return x
 
 
-def _layer_norm(b: StageBuilder, x: str, spec: VisionSpec, name: str) -> str:
+def _layer_norm(b: StageBuilder, x: str, spec: VisionSpec | EncoderSpec, name: str) -> str:
     return b.op("layer_norm", x, f"@{name}.weight", f"@{name}.bias", eps=spec.layer_norm_eps)
 
 
-def _vit_layer(b: StageBuilder, x: str, spec: VisionSpec, name: str) -> str:
+def _vit_layer(b: StageBuilder, x: str, spec: VisionSpec | EncoderSpec, name: str, mask: str = "") -> str:
     heads = spec.num_attention_heads
     h = _layer_norm(b, x, spec, f"{name}.layer_norm1")
     q, k, v = (linear(b, h, f"{name}.self_attn.{p}_proj", bias=True) for p in "qkv")
     scale = (spec.hidden_size // heads) ** -0.5
-    h = b.op("attention", q, k, v, heads=heads, kv_heads=heads, scale=scale, name=f"{name}.attended")
+    operands = (q, k, v, mask) if mask else (q, k, v)
+    h = b.op("attention", *operands, heads=heads, kv_heads=heads, scale=scale, name=f"{name}.attended")
     x = b.op("add", x, linear(b, h, f"{name}.self_attn.out_proj", bias=True))
     h = _layer_norm(b, x, spec, f"{name}.layer_norm2")
     h = activation(b, linear(b, h, f"{name}.mlp.fc1", bias=True), spec.hidden_act)
@@ -86,7 +87,7 @@ def vit_shapes(spec: VisionSpec, name: str = "vision") -> Shapes:
     return shapes
 
 
-def vit_layers_shapes(spec: VisionSpec, name: str) -> Shapes:
+def vit_layers_shapes(spec: VisionSpec | EncoderSpec, name: str) -> Shapes:
     """Weights of `vit_layers`."""
     d, f = spec.hidden_size, spec.intermediate_size
     shapes: Shapes = {}

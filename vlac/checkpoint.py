@@ -49,7 +49,7 @@ def _source(checkpoint: str, path: Path, options: ReadOptions) -> Source:
         digest = {} if options.headers_only else {"sha256": sha256(path)}
         return Source(checkpoint, "", {path.name: {"size": path.stat().st_size, **digest}})
     candidates = {*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*/*.json"), *weight_files(path)}
-    candidates |= set(path.glob("assets/**/norm_stats.json"))
+    candidates |= {*path.glob("assets/**/norm_stats.json"), *path.glob("*.pt")}
     for file in sorted(candidates):
         if not file.is_file():
             continue

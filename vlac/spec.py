@@ -40,6 +40,18 @@ class VisionSpec:
 
 
 @dataclass(frozen=True)
+class EncoderSpec:
+    """Pre-norm layers with LayerNorm and biases, on rows of any kind: what a ViT's layers are, without its picture."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "gelu"
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
     """A Llama- or Gemma-like decoder."""
 
@@ -94,6 +106,25 @@ def from_dims(cls: type[T], dims: Mapping[str, Any], prefix: str = "") -> T:
         elif f.default is dataclasses.MISSING:
             raise CheckpointError(f"the file does not tell {name}")
     return cls(**values)
+
+
+SHORT = {
+    "heads": "num_attention_heads",
+    "num_heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "layers": "num_hidden_layers",
+    "depth": "num_hidden_layers",
+    "width": "hidden_size",
+    "mlp_dim": "intermediate_size",
+}
+"""Short and openpi's names of fields of VisionSpec and DecoderSpec, for --spec."""
+
+
+def full_name(dotted: str) -> str:
+    """ "vision.heads" -> "vision.num_attention_heads"; other names as they are."""
+    part, _, last = dotted.rpartition(".")
+    return f"{part}.{SHORT[last]}" if part in ("vision", "text", "expert") and last in SHORT else dotted
 
 
 def override(spec: T, changes: Mapping[str, Any]) -> T:

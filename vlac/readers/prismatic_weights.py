@@ -142,8 +142,9 @@ def _head(tensors: Weights, blocks: int) -> Pairs:
     yield from _linear(tensors, "model.fc2", "head.fc2", set())
 
 
-def open_side_file(path: Path) -> Weights:
-    """A torch state dict, mapped and lazy; "module." of data-parallel training is dropped.
+def open_side_file(path: Path, inside: str = "") -> Weights:
+    """A torch state dict, mapped and lazy; "module." of data-parallel training is dropped. `inside`: the entry of a
+    trainer's checkpoint that holds it.
 
     Only tensors are unpickled (weights_only): a file with anything else is refused, and no code of it runs.
     """
@@ -156,6 +157,8 @@ def open_side_file(path: Path) -> Weights:
     except Exception as error:  # pickle's, zipfile's and torch's own: all mean that it holds no plain state dict
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: not a torch state dict of tensors: {reason}") from None
+    if inside and isinstance(table, dict):
+        table = table.get(inside)
     if not isinstance(table, dict) or not all(isinstance(v, torch.Tensor) for v in table.values()):
         raise CheckpointError(f"{path}: not a torch state dict of tensors")
     kinds = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
