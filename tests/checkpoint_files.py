@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -76,6 +77,19 @@ def safetensors_bytes(tensors: Mapping[str, Array], edit: Callable[[dict[str, An
 def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
     """A correct safetensors file."""
     path.write_bytes(safetensors_bytes(tensors))
+
+
+def sparse_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A bf16 file of these shapes that takes no room on disk: zeros that were never written."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    raw = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
 
 
 def edit_tensors(path: Path, edit: Callable[[dict[str, Array]], Any]) -> None:

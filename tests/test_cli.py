@@ -169,6 +169,7 @@ def test_what_else_can_happen(
 
 def test_key_values() -> None:
     assert cli.key_values(["a=1", "b=c=d"], "--x") == {"a": "1", "b": "c=d"}
+    assert cli.key_values(["a=1,b=2", "c=d,e"], "--x") == {"a": "1", "b": "2", "c": "d,e"}
     assert cli.key_values(None, "--x") == {}
     for bad in ("a", "=1", "a="):
         with pytest.raises(InputError, match="is not KEY=VALUE"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,21 +12,37 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_files import GOLDEN, POST, PRE, copy_golden, edit_config, edit_json, edit_step, edit_tensors, read
+from checkpoint_files import (
+    GOLDEN,
+    POST,
+    PRE,
+    copy_golden,
+    edit_config,
+    edit_json,
+    edit_step,
+    edit_tensors,
+    read,
+    sparse_tensors,
+)  # fmt: skip
 from conftest import GoldenFolder
 
 import vlac
+from vlac.api import apply_passes
 from vlac.checkpoint import read_policy
 from vlac.engines.base import get_engine
 from vlac.engines.numpy_engine import NumpySession
-from vlac.errors import CheckpointError, Unsupported, VlacWarning
+from vlac.errors import CheckpointError, Inapplicable, Unsupported, VlacWarning
+from vlac.families import pi0, pi05
+from vlac.goldens import reference_session
 from vlac.graph import Program, parse
 from vlac.lower import lower
 from vlac.policy import Policy
+from vlac.readers import paligemma
 from vlac.registry import ReadOptions, families
 from vlac.runtime.actions import apply_action_steps
 from vlac.runtime.inputs import Prepared
 from vlac.runtime.session import execute, prepare
+from vlac.spec import DecoderSpec, VisionSpec
 
 FLOW = ("pi0_tiny", "pi05_tiny")
 NAMES = (*FLOW, "pi0fast_tiny")
@@ -236,6 +253,42 @@ def test_every_token_is_lerobots(
             np.testing.assert_allclose(chunk, folder.chunk(i), rtol=0, atol=1e-6)
 
 
+# --- passes ----------------------------------------------------------------------------------------------------
+
+NOTHING = ("rotate-values:part=all", "smooth-norms", "truncate-layers:keep=2,mode=kv-tap")
+"""Passes that change no result; a tap on the last layer is all that an expert reads of it."""
+LOSSY = ("truncate-layers:keep=2", "reduce-visual-tokens:factor=2", "resolution:size=28", "flow-steps:steps=4")
+SOLVERS = ("flow-steps:steps=4,solver=ab2", "flow-steps:steps=4,solver=midpoint")
+
+
+def after_pass(policy: Policy, recipe: str, folder: GoldenFolder) -> Array:
+    """The robot's chunk for observation 0."""
+    changed = apply_passes(policy, [recipe])
+    program = lower(drawn(changed))
+    ready = prepare(changed.io, changed.tokenizer, program, **observation(folder, 0))
+    result = execute(program, reference_session(program), ready.env, ready.symbols)
+    return apply_action_steps(changed.io.action_steps, result, ready.state)
+
+
+@pytest.mark.parametrize("recipe", NOTHING)
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_passes_change_nothing(name: str, recipe: str, golden: Golden) -> None:
+    folder, policy = golden(name), policy_of(name)
+    if name == "pi0fast_tiny" and "kv-tap" in recipe:
+        with pytest.raises(Inapplicable, match="draws no taps for an expert"):
+            after_pass(policy, recipe, folder)
+    else:
+        assert relative(after_pass(policy, recipe, folder), folder.chunk(0)) <= 5e-6
+
+
+@pytest.mark.parametrize("recipe", LOSSY + SOLVERS)
+@pytest.mark.parametrize("name", FLOW)
+def test_other_passes_change_something(name: str, recipe: str, golden: Golden) -> None:
+    folder = golden(name)
+    drift = relative(after_pass(policy_of(name), recipe, folder), folder.chunk(0))
+    assert 1e-3 < drift < 1.5
+
+
 # --- reading ---------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +327,12 @@ def test_head_sizes_may_be_said_and_must_fit() -> None:
     for wrong in ({"text.head_dim": "7"}, {"text.num_key_value_heads": "5"}, {"text.num_attention_heads": "3"}):
         with pytest.raises(CheckpointError):
             read_policy(str(GOLDEN / "pi0_tiny" / "checkpoint"), ReadOptions(spec={**HEADS, **wrong}))
+
+
+def test_fields_have_short_names() -> None:
+    given = {"vision.heads": "3", "text.kv_heads": "2"}
+    spec = read_policy(str(GOLDEN / "pi0_tiny" / "checkpoint"), ReadOptions(spec=given)).spec
+    assert (spec.vision.num_attention_heads, spec.text.num_key_value_heads, spec.text.head_dim) == (3, 2, 6)
 
 
 def rename(pairs: dict[str, str]) -> Callable[[dict[str, Array]], None]:
@@ -460,3 +519,40 @@ def test_pi0_fast_without_a_cache_does_not_stop(tmp_path: Path) -> None:
     assert loop.times == 24 and not loop.until
     stopping: Any = drawn(policy_of("pi0fast_tiny")).schedule.steps[-1]
     assert stopping.until == "next_token" and stopping.stop == (95,)
+
+
+# --- the published sizes ---------------------------------------------------------------------------------------
+
+MODEL = "paligemma_with_expert."
+UNREAD = {
+    f"{MODEL}paligemma.lm_head.weight": (257152, 2048),
+    f"{MODEL}gemma_expert.lm_head.weight": (257152, 1024),
+    f"{MODEL}paligemma.model.language_model.norm.weight": (2048,),
+}
+
+
+@pytest.mark.parametrize(("name", "live"), [("pi0_tiny", 3238), ("pi05_tiny", 3353)])
+def test_the_published_shape_is_read_from_headers(name: str, live: int, tmp_path: Path) -> None:
+    """Real sizes, no data on disk (a sparse file). Millions of live parameters as LeRobot's own class counts them."""
+    folder = copy_golden(tmp_path, name)
+    edit_config(folder, max_state_dim=32, max_action_dim=32, chunk_size=50, n_action_steps=50,
+                image_resolution=[224, 224])  # fmt: skip
+    tiny = policy_of(name).spec
+    text = DecoderSpec(2048, 16384, 18, 8, 1, 256, 257152, 1e-6, hidden_act="gelu_pytorch_tanh")
+    sizes: dict[str, Any] = {
+        "vision": VisionSpec(1152, 4304, 27, 16, 224, 14),
+        "text": text,
+        "expert": dataclasses.replace(text, hidden_size=1024, intermediate_size=4096, vocab_size=0),
+        "chunk_size": 50,
+        "max_action_dim": 32,
+        **({"max_state_dim": 32} if name == "pi0_tiny" else {}),
+    }
+    spec = dataclasses.replace(tiny, **sizes)
+    shapes = (pi0 if name == "pi0_tiny" else pi05).shapes(spec)
+    assert sum(map(math.prod, shapes.values())) // 1_000_000 == live
+    tensors = {paligemma.disk_name(n): s for n, s in shapes.items() if n != "text.embed_tokens.weight"} | UNREAD
+    tensors[paligemma.disk_name("vision.patch_embedding.weight")] = (1152, 3, 14, 14)
+    sparse_tensors(folder / "model.safetensors", tensors)
+    policy = read_policy(str(folder), ReadOptions(headers_only=True))
+    assert policy.spec == spec and policy.warnings == () and policy.spec.tokens_per_camera == 256
+    assert not any("dense" in p for p in lower(drawn(policy)).params)

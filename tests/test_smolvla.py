@@ -381,8 +381,8 @@ def test_backbone_config_that_is_refused(tmp_path: Path, case: str) -> None:
 
 
 def test_unknown_spec_field_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="no field 'heads'"):
-        program_with(tmp_path, ReadOptions(spec={"text.heads": 3}))
+    with pytest.raises(Unsupported, match="no field 'horns'"):
+        program_with(tmp_path, ReadOptions(spec={"text.horns": 3}))
     with pytest.raises(Unsupported, match=r"text\.head_dim='many'"):
         program_with(tmp_path / "b", ReadOptions(spec={"text.head_dim": "many"}))
 

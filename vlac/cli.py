@@ -107,9 +107,10 @@ def _colour(name: str) -> str | None:
 
 
 def key_values(items: list[str] | None, option: str) -> dict[str, str]:
-    """["k=v", ...] -> {k: v}; InputError names the item that is none, or a key given twice."""
+    """["k=v", "k=v,k=v", ...] -> {k: v}; InputError names the item that is none, or a key given twice."""
     result: dict[str, str] = {}
-    for item in items or ():
+    parts = [i.split(",") if all("=" in p for p in i.split(",")) else [i] for i in items or ()]
+    for item in (p for group in parts for p in group):
         key, eq, value = item.partition("=")
         if not eq or not key or not value:
             raise InputError(f"{option} {item!r} is not KEY=VALUE")

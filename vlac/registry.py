@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from vlac.errors import Unsupported
+from vlac.spec import full_name
 
 if TYPE_CHECKING:
     from vlac.artifact import Sidecars
@@ -60,6 +61,9 @@ class ReadOptions:
     unnorm_key: str | None = None
     embodiment: str | None = None
     tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", {full_name(k): v for k, v in self.spec.items()})
 
 
 @dataclass(frozen=True)
