@@ -165,6 +165,16 @@ def test_parity_holds(compiled: Any) -> None:
     assert report["ok"], report
 
 
+def test_a_reference_too_large_for_memory_reads_weights_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    need("torch")
+    monkeypatch.setattr("vlac.goldens.MAX_REFERENCE_BYTES", 0)
+    made = vlac.compile(MAIN / "checkpoint", "gguf-f32", tmp_path / "out", unnorm_key="bridge_orig", goldens=1)
+    assert made.path is not None
+    with vlac.load(made.path, engine="torch") as policy:
+        (golden,) = policy.artifact.goldens()
+        assert np.array_equal(policy.act(images=golden.images, task=golden.task), golden.chunk)
+
+
 # --- RT-2 style options ----------------------------------------------------------------------------------------
 
 

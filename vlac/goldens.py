@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,15 @@ MAX_TAP_BYTES = 1 << 20
 """Larger stage outputs are not stored as taps; a full run against --reference compares them all."""
 
 
+MAX_REFERENCE_BYTES = 3 << 30
+"""A model whose float32 weights take more is read anew for every use, so that compiling fits a small machine."""
+
+
+def fits(program: Program) -> bool:
+    """Whether the reference keeps all weights in memory."""
+    return sum(4 * math.prod(p.shape) for p in program.params.values()) <= MAX_REFERENCE_BYTES
+
+
 def reference_session(program: Program) -> EngineSession:
     """The fp32 engine on a program with weights: torch where installed, else numpy (slow, same meaning)."""
 
@@ -39,7 +49,7 @@ def reference_session(program: Program) -> EngineSession:
     if importlib.util.find_spec("torch") is not None:
         from vlac.engines.torch_engine import TorchSession
 
-        return TorchSession(program, weight)
+        return TorchSession(program, weight, keep_weights=fits(program))
     from vlac.engines.numpy_engine import NumpySession
 
     return NumpySession(program, weight)

@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from vlac import kv_codes
 from vlac.artifact import Artifact
 from vlac.engines.base import Engine, EngineSession, NpArray, Values, gathered
 from vlac.errors import EngineError
 from vlac.graph import Node, Program, Repeat
+from vlac.rotations import rotation
 
 Tensor = Any
 """torch.Tensor; torch is imported only when a session is made."""
@@ -160,6 +162,53 @@ def _float_ops(torch: Any) -> dict[str, TorchOp]:
     }
 
 
+def _code_ops(torch: Any) -> dict[str, TorchOp]:
+    """Packed keys and values (vlac.kv_codes), in float64 like the reference: one code must not differ."""
+    f64, i64 = torch.float64, torch.int64
+
+    def constant(values: Any, like: Tensor) -> Tensor:
+        return torch.tensor(np.asarray(values), dtype=f64, device=like.device)
+
+    def mean(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
+        rows = x[0][x[1]] if len(x) > 1 else x[0]
+        return (rows.to(f64).sum(0, keepdim=True) / max(len(rows), 1)).to(x[0].dtype)
+
+    def pack(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
+        d, bits, n = a["head_dim"], a["bits"], x[0].shape[0]
+        v = x[0].to(f64) - (x[1].to(f64) if len(x) > 1 else 0.0)
+        v = v.reshape(n, -1, d) @ constant(rotation(d, a["seed"]), v)
+        norm = v.square().sum(-1, keepdim=True).sqrt()
+        y = torch.where(norm > 0, v * d**0.5 / torch.where(norm > 0, norm, 1.0), 0.0)
+        codes = torch.bucketize(y, constant(kv_codes.thresholds(bits, d), v))
+        q = constant(kv_codes.levels(bits, d), v)[codes]
+        square, norm = q.square().sum(-1), norm[..., 0]
+        s = {
+            "norm": lambda: norm / square.sqrt(),
+            "least_squares": lambda: norm * (q * y).sum(-1) / (d**0.5 * square),
+            "raw": lambda: norm / d**0.5,
+        }[a["scale"]]()
+        half = s.clamp(max=65504.0).to(torch.float16).view(torch.int16).to(i64) & 0xFFFF
+        stream = (codes[..., None] >> torch.arange(bits, device=v.device)) & 1
+        stream = torch.nn.functional.pad(stream.reshape(n, -1, d * bits), (0, -(d * bits) % 32))
+        packed = (stream.reshape(*stream.shape[:2], -1, 32) << torch.arange(32, device=v.device)).sum(-1)
+        both = torch.cat([packed, half[..., None]], dim=-1).reshape(n, -1)
+        return torch.where(both >= 2**31, both - 2**32, both).to(torch.int32)
+
+    def unpack(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
+        d, bits, n = a["head_dim"], a["bits"], x[0].shape[0]
+        parts = x[0].reshape(n, -1, kv_codes.words(bits, d)).to(i64) & 0xFFFFFFFF
+        half = parts[..., -1:] & 0xFFFF
+        scale = torch.where(half >= 2**15, half - 2**16, half).to(torch.int16).view(torch.float16).to(f64)
+        stream = (parts[..., :-1, None] >> torch.arange(32, device=parts.device)) & 1
+        stream = stream.reshape(n, parts.shape[1], -1)[..., : d * bits].reshape(n, -1, d, bits)
+        codes = (stream << torch.arange(bits, device=parts.device)).sum(-1)
+        values = (constant(kv_codes.levels(bits, d), parts)[codes] * scale) @ constant(rotation(d, a["seed"]).T, parts)
+        values = values.reshape(n, -1)
+        return (values + x[1].to(f64) if len(x) > 1 else values).to(torch.float32)
+
+    return {"column_mean": mean, "pack_codes": pack, "unpack_codes": unpack}
+
+
 # --- session ---------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +238,8 @@ class TorchSession(EngineSession):
         threads: intra-op threads, None for torch's own choice; set for the time of a call and restored.
         device: "cpu" or "cuda".
         dtype: "f32", or "f64" for a reference closer to the truth.
+        keep_weights: False asks `weight` anew whenever a parameter is used and keeps none: slow, for models that do not
+            fit into memory in float32.
     """
 
     engine = "torch"
@@ -200,6 +251,7 @@ class TorchSession(EngineSession):
         threads: int | None = None,
         device: str = "cpu",
         dtype: str = "f32",
+        keep_weights: bool = True,
     ) -> None:
         # a busy core must not make the other threads spin: it can cost ten times the run on a shared machine
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -208,11 +260,13 @@ class TorchSession(EngineSession):
         self._torch = torch
         self.program = program
         self._weight = weight
+        self._keep = keep_weights
         self._threads = threads
         self._device = _checked_device(torch, device)
         self._float = _checked_dtype(torch, dtype)
         kinds = {"f32": self._float, "i32": torch.int32, "bool": torch.bool}
         self._ops = {**_index_ops(torch, kinds, self._device), **_layout_ops(torch), **_float_ops(torch)}
+        self._ops |= _code_ops(torch)
         self._weights: dict[str, Tensor] = {}
         self._plans: dict[tuple[str, tuple[tuple[str, int], ...]], _Plan] = {}
         self.info = {
@@ -258,7 +312,8 @@ class TorchSession(EngineSession):
         plan = self._plan(stage, symbols)
         env = {**plan.constants, **given}
         for step in plan.steps:
-            env[step.result] = step.fn([env[i] for i in step.operands], step.attrs)
+            operands = [env[i] if i in env else self._parameter(i[1:]) for i in step.operands]
+            env[step.result] = step.fn(operands, step.attrs)
             for name in step.free:
                 del env[name]
         return {o: env[o] for o in self.program.stage(stage).outputs}
@@ -275,7 +330,7 @@ class TorchSession(EngineSession):
         steps: list[_Step] = []
         for step in self._expand(s.nodes):
             for i in step.operands:
-                if i.startswith("@") and i not in constants:
+                if i.startswith("@") and i not in constants and self._keep:
                     constants[i] = self._parameter(i[1:])
             if all(i in constants and not i.startswith("@") for i in step.operands):
                 constants[step.result] = step.fn([constants[i] for i in step.operands], step.attrs)
@@ -307,6 +362,8 @@ class TorchSession(EngineSession):
         return None
 
     def _parameter(self, name: str) -> Tensor:
+        if not self._keep:
+            return self._tensor(self._weight(name))
         if name not in self._weights:
             self._weights[name] = self._tensor(self._weight(name))
         return self._weights[name]

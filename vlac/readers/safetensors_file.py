@@ -157,6 +157,12 @@ class _Map:
             self._map = mapped
         return self._map
 
+    def release(self, start: int, stop: int) -> None:
+        """Bytes that have been copied leave this process's memory; they are read again when asked for again."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
+
 
 def _load(mapped: _Map, name: str, info: TensorInfo) -> Array:
     path = mapped._header.path
@@ -168,11 +174,16 @@ def _load(mapped: _Map, name: str, info: TensorInfo) -> Array:
     stored = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}[info.dtype]
     raw = np.frombuffer(mapped.buffer(), dtype=stored, count=count, offset=info.start).reshape(info.shape)
     if info.dtype == "BF16":
-        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        wide = raw.astype(np.uint32)
+        wide <<= np.uint32(16)
+        mapped.release(info.start, info.stop)
+        return wide.view(np.float32)
     if info.dtype == "F32" and raw.flags.aligned:
         return raw.astype(np.float32, copy=False)
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes Inf, which LazyTensor.load refuses by name
-        return raw.astype(np.float32, copy=True)
+        copied = raw.astype(np.float32, copy=True)
+    mapped.release(info.start, info.stop)
+    return copied
 
 
 def open_file(path: Path) -> Weights:
