@@ -49,24 +49,26 @@ Naming = Callable[[Mapping[str, Any]], tuple[str, Mapping[str, str]]]
 
 def policy_dims(policy: Policy) -> dict[str, Dim]:
     """Dimension -> value: the spec's fields dotted, flow.*, io.*."""
-    dims = dict(_leaves(policy.spec, ""))
+    dims: dict[str, Dim] = {k: v for k, v in _leaves(policy.spec, "") if isinstance(v, (bool, int, float, str))}
     io, flow = policy.io, policy.flow
     dims |= {"io.state_dim": io.state_dim, "io.action_dim": io.action_dim, "io.cameras": len(io.cameras)}
     dims |= {"io.n_action_steps": io.n_action_steps}
     if flow is not None:
         dims |= {"flow.num_steps": len(flow.times)}
         dims |= {"flow.min_period": flow.min_period, "flow.max_period": flow.max_period}
-    if "scale_factor" in dims and "vision.image_size" in dims:
-        dims["io.image_tokens"] = (policy.spec.vision.grid // policy.spec.scale_factor) ** 2
+    dims |= {"io.max_state_dim": max(32, io.state_dim), "io.adarms": True}
+    if "vision.image_size" in dims:
+        factor = int(dims.get("scale_factor", 1))
+        dims["io.image_tokens"] = (int(dims["vision.image_size"]) // int(dims["vision.patch_size"]) // factor) ** 2
     return dims
 
 
-def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Dim]]:
+def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for f in dataclasses.fields(value):
         inner = getattr(value, f.name)
         if dataclasses.is_dataclass(inner):
             yield from _leaves(inner, f"{prefix}{f.name}.")
-        elif isinstance(inner, (bool, int, float, str)):
+        else:
             yield prefix + f.name, inner
 
 
@@ -130,6 +132,8 @@ def _unspoken(policy: Policy, layout: Layout) -> list[str]:
         for name, value in _leaves(policy.spec, "")
         if name not in told and not (name in defaults and _equal(defaults[name], value))
     ]
+    if policy.rotations:
+        found.append("weights in a rotated basis: the engine rotates no activations")
     if policy.kv != "f32":
         found.append(f"a key/value cache in {policy.kv}: the engine keeps its own")
     return found
@@ -138,26 +142,41 @@ def _unspoken(policy: Policy, layout: Layout) -> list[str]:
 # --- statistics, for engines that apply them ----------------------------------------------------------------------
 
 
-def statistics(policy: Policy, layout: Layout) -> tuple[dict[str, LazyTensor], float, list[str]]:
-    """(io.state.mean, ... as tensors, eps, refusals). A feature that passes unchanged gets mean 0 and deviation 1."""
+_NEUTRAL = {"mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0}
+"""What leaves values as they are, for statistics that a mode does not read."""
+
+_KNOWN_STEPS = ("normalise", "pad", "take", "unnormalise")
+
+
+def statistics(policy: Policy, layout: Layout) -> tuple[dict[str, LazyTensor], dict[str, Dim], list[str]]:
+    """(io.state.mean, ... as tensors, io.norm_eps and io.norm_mode, refusals). Neutral where a feature has none."""
     if not layout.statistics:
-        return {}, 1e-8, []
+        return {}, {}, []
     tensors: dict[str, LazyTensor] = {}
+    dims: dict[str, Dim] = {"io.norm_eps": 1e-8, "io.norm_mode": "mean_std"}
     wrong: list[str] = []
-    eps = 1e-8
-    for part, steps, kind, size in (
-        ("state", policy.io.state_steps, "normalise", policy.io.state_dim),
-        ("action", policy.io.action_steps, "unnormalise", policy.io.action_dim),
+    for part, steps, size in (
+        ("state", policy.io.state_steps, policy.io.state_dim),
+        ("action", policy.io.action_steps, policy.io.action_dim),
     ):
-        step = next((s for s in steps if s.step == kind), None)
-        params: Mapping[str, Any] = step.params if step is not None else {"mean": [0.0] * size, "std": [1.0] * size}
-        if step is not None and params.get("mode") != layout.statistics:
-            wrong.append(f"the {part} is normalised by {params.get('mode')}, the engine knows {layout.statistics}")
+        wrong += [
+            f"the {part} goes through {s.step!r}, which the engine does not"
+            for s in steps
+            if s.step not in _KNOWN_STEPS
+        ]
+        step = next((s for s in steps if s.step.endswith("normalise")), None)
+        params: Mapping[str, Any] = {} if step is None else step.params
+        mode = params.get("mode", layout.statistics[0])
+        if mode not in layout.statistics:
+            wrong.append(f"the {part} is normalised by {mode}, the engine knows {' and '.join(layout.statistics)}")
             continue
-        eps = float(params.get("eps", eps))
-        tensors[f"io.{part}.mean"] = LazyTensor.of(params["mean"], f"statistics of the {part}")
-        tensors[f"io.{part}.std"] = LazyTensor.of(params["std"], f"statistics of the {part}")
-    return tensors, eps, wrong
+        if part == "action" and mode == "QUANTILES":
+            dims["io.norm_mode"] = "quantiles"
+        dims["io.norm_eps"] = float(params.get("eps", 1e-8))
+        for name, value in _NEUTRAL.items():
+            values = params.get(name, [value] * size)
+            tensors[f"io.{part}.{name}"] = LazyTensor.of(values, f"statistics of the {part}")
+    return tensors, dims, wrong
 
 
 # --- formats ------------------------------------------------------------------------------------------------------
@@ -195,8 +214,8 @@ def _stored_rows(
     Raises Unsupported with every reason why the layout cannot hold this policy.
     """
     dims = policy_dims(policy)
-    extra, eps, wrong = statistics(policy, layout)
-    dims["io.norm_eps"] = eps
+    extra, more, wrong = statistics(policy, layout)
+    dims |= more
     dims["io.architecture"] = layout.architecture
     if "text.hidden_size" in dims and "expert.hidden_size" in dims:
         dims["io.expert_width_multiplier"] = float(dims["expert.hidden_size"]) / float(dims["text.hidden_size"])

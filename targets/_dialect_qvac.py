@@ -185,4 +185,143 @@ SMOLVLA = Layout(
     notes=_NOTES,
 )
 
-LAYOUTS = (SMOLVLA,)
+# --- pi0.5 -------------------------------------------------------------------------------------------------------
+
+_PI_TOWER = {**_TOWER, "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
+_PI_DECODER = {
+    "input_layernorm": "pre_attn_norm.scale",
+    **{f"self_attn.{p}_proj": f"attn.{p}.weight" for p in "qkvo"},
+    "post_attention_layernorm": "pre_ffw_norm.scale",
+    **{f"mlp.{p}_proj": f"mlp.{p}.weight" for p in ("gate", "up", "down")},
+}
+_COND = 1024
+"""Width of what adaRMS norms read: in the engine's code, whatever the file says."""
+
+
+def _ada(file: str, ours: str, layers: str = "") -> list[Row]:
+    """An adaRMS norm: rows scale, shift, gate; and the plain scale that converters write as zeros, never read."""
+    return [
+        Row(f"{file}.ada.weight", f"{ours}.dense.weight", ("thrice", _COND), "ada", layers),
+        Row(f"{file}.ada.bias", f"{ours}.dense.bias", ("thrice",), "ada", layers),
+        Row(f"{file}.scale", f"{ours}.weight", (_E,), "ada", layers, fill=0.0, optional=True),
+    ]
+
+
+def _unread(name: str, kind: str = "u32", field: str = "") -> Key:
+    return Key(f"pi05.{name}", kind, field, read=False)
+
+
+PI05 = Layout(
+    dialect="qvac",
+    engine="QVAC (@qvac/vla-ggml)",
+    architecture="pi05",
+    family="pi05",
+    marker="vision.patch_embed.weight",
+    keys=(
+        _u32("pi05.image_resolution", "vision.image_size", 224, high=2048),
+        _u32("pi05.vision.num_layers", "vision.num_hidden_layers", 27, high=512),
+        _u32("pi05.vlm.num_layers", "text.num_hidden_layers", 18, high=512),
+        _u32("pi05.vlm.hidden_size", "text.hidden_size", 2048, high=65536),
+        _u32("pi05.vlm.num_heads", "text.num_attention_heads", 8),
+        _u32("pi05.vlm.num_kv_heads", "text.num_key_value_heads", 1),
+        _u32("pi05.vlm.head_dim", "text.head_dim", 256),
+        _u32("pi05.vocab_size", "text.vocab_size", 257152, high=1 << 20),
+        _u32("pi05.expert.hidden_size", _E, 1024, high=16384),
+        _u32("pi05.expert.num_layers", "expert.num_hidden_layers", 18, high=512),
+        _u32("pi05.action_dim", "max_action_dim", 32, high=512),
+        _u32("pi05.action_horizon", "chunk_size", 50),
+        _u32("pi05.max_token_len", "tokenizer_max_length", 200, high=8192),
+        _u32("pi05.num_cameras", "io.cameras", 3, high=16),
+        _unread("quant_profile", "string"),
+        _unread("paligemma_variant", "string"),
+        _unread("action_expert_variant", "string"),
+        _unread("vision.embed_dim", field="vision.hidden_size"),
+        _unread("vision.num_heads", field="vision.num_attention_heads"),
+        _unread("vision.mlp_dim", field="vision.intermediate_size"),
+        _unread("vision.patch_size", field="vision.patch_size"),
+        _unread("vision.head_out_dim", field="text.hidden_size"),
+        _unread("vlm.mlp_dim", field="text.intermediate_size"),
+        _unread("expert.num_heads", field="expert.num_attention_heads"),
+        _unread("expert.num_kv_heads", field="expert.num_key_value_heads"),
+        _unread("expert.head_dim", field="expert.head_dim"),
+        _unread("expert.mlp_dim", field="expert.intermediate_size"),
+        _unread("expert.adarms_cond_dim", field=_E),
+        _unread("rms_norm_eps", "f32", "text.rms_norm_eps"),
+    ),
+    rows=(
+        *tower("vision.patch_embed", "vision.pos_embed", "vision.blk.{i}", "vision.post_ln", _PI_TOWER),
+        *both("vision.head", "connector.proj", ("text.hidden_size", "vision.hidden_size")),
+        Row("vlm.embed_tokens", "text.embed_tokens.weight", ("text.vocab_size", "text.hidden_size"), "embed"),
+        *decoder("text", "vlm.blk.{i}", _PI_DECODER, norm_add=-1.0),
+        Row("vlm.final_norm.scale", "text.norm.weight", ("text.hidden_size",), "vector", fill=0.0),
+        *decoder("expert", "expert.blk.{i}", _PI_DECODER, norms=False),
+        *_ada("expert.blk.{i}.pre_attn_norm", "expert.layers.{i}.input_layernorm", "expert.num_hidden_layers"),
+        *_ada("expert.blk.{i}.pre_ffw_norm", "expert.layers.{i}.post_attention_layernorm", "expert.num_hidden_layers"),
+        *_ada("expert.final_norm", "expert.norm"),
+        *both("proj.action_in", "action_in_proj", (_E, "max_action_dim"), "head"),
+        *both("proj.action_out", "action_out_proj", ("max_action_dim", _E), "head"),
+        *both("proj.time_mlp_in", "time_mlp_in", (_COND, _COND), "head"),
+        *both("proj.time_mlp_out", "time_mlp_out", (_COND, _COND), "head"),
+    ),
+    checks=(
+        Check("images of {vision_image_size} are no multiple of 14", lambda d: int(d["vision.image_size"]) % 14 == 0),
+        Check(
+            "{text_num_hidden_layers} text layers and {expert_num_hidden_layers} expert layers; they must be as many",
+            lambda d: d["text.num_hidden_layers"] == d["expert.num_hidden_layers"],
+        ),
+        Check(
+            "a language model of width {text_hidden_size} with {text_num_attention_heads} heads of {text_head_dim} "
+            "over {text_num_key_value_heads}; the engine has the projector and the expert of 2048, 8 x 256 over 1",
+            lambda d: (
+                [d[f"text.{k}"] for k in ("hidden_size", "num_attention_heads", "head_dim", "num_key_value_heads")]
+                == [2048, 8, 256, 1]
+            ),
+        ),
+        Check("the expert's width {expert_hidden_size} is odd", lambda d: int(d["expert.hidden_size"]) % 2 == 0),
+    ),
+    fixed={
+        "vision.hidden_size": 1152,
+        "vision.num_attention_heads": 16,
+        "vision.patch_size": 14,
+        "vision.num_channels": 3,
+        "vision.layer_norm_eps": 1e-6,
+        "vision.hidden_act": "gelu_pytorch_tanh",
+        "text.rms_norm_eps": 1e-6,
+        "text.rope_theta": 10000.0,
+        "text.hidden_act": "gelu_pytorch_tanh",
+        "expert.num_attention_heads": 8,
+        "expert.num_key_value_heads": 1,
+        "expert.head_dim": 256,
+        "expert.rms_norm_eps": 1e-6,
+        "expert.rope_theta": 10000.0,
+        "expert.hidden_act": "gelu_pytorch_tanh",
+        "expert.vocab_size": 0,
+        "flow.num_steps": 10,
+        "flow.min_period": 4e-3,
+        "flow.max_period": 4.0,
+    },
+    derived={
+        "patches": lambda d: (int(d["vision.image_size"]) // 14) ** 2,
+        "text.q": lambda d: int(d["text.num_attention_heads"]) * int(d["text.head_dim"]),
+        "text.kv": lambda d: int(d["text.num_key_value_heads"]) * int(d["text.head_dim"]),
+        "expert.q": lambda d: 2048,
+        "expert.kv": lambda d: 256,
+        "thrice": lambda d: 3 * int(d["expert.hidden_size"]),
+    },
+    formats={
+        **_FORMATS,
+        "ada": ("f32",),
+        "head": ("f16", "f32"),
+        "vector": ("f16", "f32"),
+        "position": ("f16", "f32"),
+    },
+    forbidden=_FORBIDDEN,
+    case_insensitive=True,
+    notes=(
+        "the engine applies no statistics and ignores the state: the prompt carries it, as LeRobot writes it",
+        "it takes exactly its number of cameras and no masks for absent ones; the prompt is padded to its full length",
+        "it pads no pictures: centre them, as LeRobot does; its own preprocessImage pads at the left and top",
+    ),
+)
+
+LAYOUTS = (SMOLVLA, PI05)

@@ -35,11 +35,17 @@ def tower(patch: str, position: str, block: str, post: str, names: Names) -> lis
 
 
 def decoder(
-    part: str, block: str, names: Names, memory: tuple[tuple[str, When | None], ...] = (), norms: bool = True
+    part: str,
+    block: str,
+    names: Names,
+    memory: tuple[tuple[str, When | None], ...] = (),
+    norms: bool = True,
+    norm_add: float = 0.0,
 ) -> list[Row]:
     """Layers of `part` ("text", "expert"). `names` hold a weight's whole name after the prefix.
 
-    `memory`: (width that k and v read, which layers), where it is not the hidden size in all of them.
+    `memory`: (width that k and v read, which layers), where it is not the hidden size in all of them. `norm_add`: -1
+    for files that keep Gemma's norms as they were trained, without the one that vlac adds when it reads them.
     """
     d, f, n = (f"{part}.{x}" for x in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     q, kv = f"{part}.q", f"{part}.kv"
@@ -54,7 +60,7 @@ def decoder(
     for ours, file in names.items():
         a, b = f"{block}.{file}", f"{part}.layers.{{i}}.{ours}.weight"
         if ours.endswith("layernorm"):
-            rows += [Row(a, b, (d,), "vector", n)] if norms else []
+            rows += [Row(a, b, (d,), "vector", n, add=norm_add)] if norms else []
         elif ours in shapes:
             rows.append(Row(a, b, shapes[ours], layers=n))
         else:

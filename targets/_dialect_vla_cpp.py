@@ -1,4 +1,4 @@
-"""vla.cpp's GGUF files (VinRobotics/vla.cpp 0.3 and 0.4) as tables: SmolVLA.
+"""vla.cpp's GGUF files (VinRobotics/vla.cpp 0.3 and 0.4) as tables: SmolVLA, pi0 and pi0.5.
 
 Integers are UINT32, periods FLOAT64, epsilons FLOAT32; another type ends the process or reads as zero. Statistics are
 tensors and the engine applies them: raw state in, robot units out. The token embedding must be BF16 and hold exactly
@@ -178,8 +178,158 @@ SMOLVLA = Layout(
         "conv": _FLOAT,
     },
     newer=(_PACKED, "0.4"),
-    statistics="MEAN_STD",
+    statistics=("MEAN_STD",),
     notes=_NOTES,
 )
 
-LAYOUTS = (SMOLVLA,)
+# --- pi0 and pi0.5 -----------------------------------------------------------------------------------------------
+
+
+def _pi(architecture: str, ada: bool, heads: list[Row], statistics: tuple[str, ...], more: tuple[Key, ...]) -> Layout:
+    """What pi0 and pi0.5 share. `ada`: the expert's norms are linears of the time; `heads`: beyond action_in, _out."""
+    a = architecture
+    layers = "expert.num_hidden_layers"
+    if ada:
+        norms = [
+            *both("aex.blk.{i}.attn_norm", "expert.layers.{i}.input_layernorm.dense", ("thrice", _E), "head", layers),
+            *both(
+                "aex.blk.{i}.ffn_norm",
+                "expert.layers.{i}.post_attention_layernorm.dense",
+                ("thrice", _E),
+                "head",
+                layers,
+            ),
+            *both("aex.output_norm", "expert.norm.dense", ("thrice", _E), "head"),
+        ]
+    else:
+        norms = [Row("aex.output_norm.weight", "expert.norm.weight", (_E,), "vector", add=-1.0)]
+    state_dim = "max_state_dim" if not ada else "io.max_state_dim"
+    return Layout(
+        dialect="vla.cpp",
+        engine="vla.cpp",
+        architecture=a,
+        family=a,
+        marker="vit.patch_embd.weight",
+        keys=(
+            Key(f"{a}.architecture", "string", "io.architecture", one_of=(a,)),
+            _u32(f"{a}.hidden", "text.hidden_size"),
+            _u32(f"{a}.intermediate", "text.intermediate_size"),
+            _u32(f"{a}.n_q_heads", "text.num_attention_heads", high=1024),
+            _u32(f"{a}.n_kv_heads", "text.num_key_value_heads", high=1024),
+            _u32(f"{a}.head_dim", "text.head_dim", high=1024),
+            _u32(f"{a}.n_layers", "text.num_hidden_layers", high=256),
+            _u32(f"{a}.expert_h", _E),
+            _u32(f"{a}.expert_inter", "expert.intermediate_size"),
+            _u32(f"{a}.chunk_size", "chunk_size", high=1024),
+            _u32(f"{a}.num_steps", "flow.num_steps", high=1024),
+            _u32(f"{a}.max_state_dim", state_dim, high=1024),
+            _u32(f"{a}.max_action_dim", "max_action_dim", high=1024),
+            _u32(f"{a}.real_state_dim", "io.state_dim", high=1024),
+            _u32(f"{a}.real_action_dim", "io.action_dim", high=1024),
+            _u32(f"{a}.tokenizer_max_length", "tokenizer_max_length", high=8192),
+            Key(f"{a}.min_period", "f64", "flow.min_period", low=1e-9, high=1e9),
+            Key(f"{a}.max_period", "f64", "flow.max_period", low=1e-9, high=1e9),
+            Key(f"{a}.rms_norm_eps", "f32", "text.rms_norm_eps", 1e-6, 0.0, 1.0),
+            Key(f"{a}.norm_eps", "f32", "io.norm_eps", 1e-8, 0.0, 1.0),
+            Key(f"{a}.rope_theta", "f64", "text.rope_theta", 10000.0, 1.0, 1e9),
+            _u32(f"{a}.vit_hidden", "vision.hidden_size", 1152),
+            _u32(f"{a}.vit_layers", "vision.num_hidden_layers", 27, high=256),
+            _u32(f"{a}.vit_heads", "vision.num_attention_heads", 16, high=1024),
+            _u32(f"{a}.image_size", "vision.image_size", 224, high=16384),
+            _u32(f"{a}.patch_size", "vision.patch_size", 14, high=1024),
+            _u32(f"{a}.n_img_tokens", "io.image_tokens", 256),
+            Key(f"{a}.vit_ln_eps", "f32", "vision.layer_norm_eps", 1e-6, 0.0, 1.0),
+            Key(f"{a}.n_action_steps", "u32", "io.n_action_steps", read=False),
+            Key(f"{a}.vocab_size", "u32", "text.vocab_size", read=False),
+            Key(f"{a}.paligemma_variant", "string", read=False),
+            Key(f"{a}.action_expert_variant", "string", read=False),
+            Key(f"{a}.tokenizer.spm_model", "array", read=False),
+            *more,
+        ),
+        rows=(
+            *tower("vit.patch_embd", "vit.pos_embd", "vit.blk.{i}", "vit.post_ln", _TOWER),
+            *both("mm.proj", "connector.proj", ("text.hidden_size", "vision.hidden_size")),
+            Row("token_embd.weight", "text.embed_tokens.weight", ("text.vocab_size", "text.hidden_size"), "embed"),
+            *decoder("text", "vlm.blk.{i}", _DECODER, norm_add=-1.0),
+            Row("vlm.output_norm.weight", "text.norm.weight", ("text.hidden_size",), "vector", fill=0.0, optional=True),
+            *decoder("expert", "aex.blk.{i}", _DECODER, norms=not ada, norm_add=-1.0),
+            *norms,
+            *both("action_in_proj", "action_in_proj", (_E, "max_action_dim"), "head"),
+            *both("action_out_proj", "action_out_proj", ("max_action_dim", _E), "head"),
+            *heads,
+            *(
+                Row(f"{part}_{name}", f"io.{part}.{name}", (f"io.{part}_dim",), "vector")
+                for part in ("state", "action")
+                for name in statistics
+            ),
+        ),
+        checks=(
+            Check(
+                "images of {vision_image_size} in patches of {vision_patch_size}; the loader wants 256, of 224/14",
+                lambda d: (d["vision.image_size"], d["vision.patch_size"], d["io.image_tokens"]) == (224, 14, 256),
+            ),
+            *(c for c in SMOLVLA.checks if "vision width" in c.text or "periods" in c.text or "heads over" in c.text),
+            Check("the expert's width {expert_hidden_size} is odd", lambda d: int(d["expert.hidden_size"]) % 2 == 0),
+            Check(
+                "an action of {io_action_dim} exceeds {max_action_dim}",
+                lambda d: int(d["io.action_dim"]) <= int(d["max_action_dim"]),
+            ),
+        ),
+        fixed={
+            "vision.num_channels": 3,
+            "vision.hidden_act": "gelu_pytorch_tanh",
+            "text.hidden_act": "gelu_pytorch_tanh",
+            "expert.hidden_act": "gelu_pytorch_tanh",
+            "expert.vocab_size": 0,
+        },
+        same={
+            f"expert.{k}": f"text.{k}"
+            for k in (
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+                "rms_norm_eps",
+                "rope_theta",
+            )
+        },
+        derived={
+            **SMOLVLA.derived,
+            "merged": lambda d: 0,
+            "thrice": lambda d: 3 * int(d["expert.hidden_size"]),
+        },
+        formats={**SMOLVLA.formats, "embed": _FLOAT},
+        statistics=("MEAN_STD", "QUANTILES") if ada else ("MEAN_STD",),
+        notes=_NOTES if not ada else (*_NOTES, "the prompt carries the state, as LeRobot writes it"),
+    )
+
+
+PI0 = _pi(
+    "pi0",
+    False,
+    [
+        *both("state_proj", "state_proj", (_E, "max_state_dim"), "head"),
+        *both("action_time_mlp_in", "action_time_mlp_in", (_E, "twice"), "head"),
+        *both("action_time_mlp_out", "action_time_mlp_out", (_E, _E), "head"),
+    ],
+    ("mean", "std"),
+    (),
+)
+PI05 = _pi(
+    "pi05",
+    True,
+    [
+        *both("time_mlp_in", "time_mlp_in", (_E, _E), "head"),
+        *both("time_mlp_out", "time_mlp_out", (_E, _E), "head"),
+    ],
+    ("mean", "std", "q01", "q99"),
+    (
+        Key("pi05.adarms_cond_dim", "u32", _E, read=False),
+        Key("pi05.norm_mode", "string", "io.norm_mode", "mean_std"),
+        Key("pi05.use_adarms_expert", "bool", "io.adarms", read=False),
+        Key("pi05.state.q01", "array", read=False),
+        Key("pi05.state.q99", "array", read=False),
+    ),
+)
+
+LAYOUTS = (SMOLVLA, PI0, PI05)

@@ -26,15 +26,21 @@ def reason() -> str:
     return "" if BARE.exists() else "QVAC's engine is not set up (scripts/peers/qvac.sh)"
 
 
-def call(io: IO, tokenizer: bytes | None, program: Program, **observation: Any) -> dict[str, Array]:
-    """One observation as the engine's arrays: pictures, state, tokens and mask as vlac's own runtime makes them."""
+def call(
+    io: IO, tokenizer: bytes | None, program: Program, *, prompt_length: int = 0, **observation: Any
+) -> dict[str, Array]:
+    """One observation as the engine's arrays: pictures, state, tokens and mask as vlac's own runtime makes them.
+
+    prompt_length: pads the prompt to it (pi0.5's engine takes no shorter one).
+    """
     ready = prepare(io, tokenizer, program, **observation)
     valid = ready.env["image_valid"].reshape(-1)
+    more = max(0, prompt_length - len(ready.env["tokens"]))
     return {
         "images": ready.env["pixels"][valid],
-        "state": ready.env["state"].reshape(-1),
-        "tokens": ready.env["tokens"].astype(np.int32),
-        "mask": ready.env["token_valid"].astype(np.uint8),
+        "state": ready.env["state"].reshape(-1) if "state" in ready.env else np.zeros(0, np.float32),
+        "tokens": np.pad(ready.env["tokens"].astype(np.int32), (0, more)),
+        "mask": np.pad(ready.env["token_valid"].astype(np.uint8), (0, more)),
         "noise": ready.env["noise"],
     }
 
@@ -58,6 +64,5 @@ def run(model: Path, calls: Sequence[dict[str, Array]], io: IO, folder: Path) ->
     )
     if done.returncode:
         raise RuntimeError(f"QVAC's engine ended with {done.returncode}: {done.stderr[-600:]}")
-    shape = (io.chunk_size, io.action_dim)
-    answers = [np.fromfile(row["out"], "<f4").reshape(shape) for row in job["calls"]]
+    answers = [np.fromfile(row["out"], "<f4").reshape(io.chunk_size, -1)[:, : io.action_dim] for row in job["calls"]]
     return answers, json.loads(done.stdout.strip().splitlines()[-1])["hparams"]

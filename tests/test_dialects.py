@@ -11,6 +11,7 @@ from typing import Any
 
 import dialect_files as files
 import numpy as np
+import pi_files
 import pytest
 from dialect_files import Tensors
 
@@ -530,3 +531,53 @@ def test_findings_list_all_problems_at_once(qvac: Path, tmp_path: Path) -> None:
     layout = detect(file)
     assert layout is not None
     assert len(examine(file, layout).problems) == 2
+
+
+# --- pi0 and pi0.5 -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_pi_files_for_vla_cpp(kind: str, tmp_path: Path) -> None:
+    folder = pi_files.write(tmp_path / kind, kind, pi_files.NARROW, size=224)
+    spec = {"vision.num_attention_heads": "2"}
+    path = compiled(folder, tmp_path / "out.gguf", "vla.cpp", spec=spec)
+    file = read_gguf(path)
+    assert file.metadata[f"{kind}.architecture"] == Value("string", kind)
+    assert file.metadata[f"{kind}.n_img_tokens"] == Value("u32", 256)
+    original = read_policy(str(folder), ReadOptions(spec=spec))
+    norm = decode("f32", file.data("vlm.blk.0.attn_norm.weight"), (64,))
+    np.testing.assert_allclose(norm + 1, original.weights["text.layers.0.input_layernorm.weight"].load(), atol=1e-6)
+    step = next(s for s in original.io.action_steps if s.step == "unnormalise")
+    if kind == "pi05":
+        assert file.metadata["pi05.norm_mode"] == Value("string", "quantiles")
+        assert file.tensors["aex.blk.0.attn_norm.weight"].shape == (96, 32)
+        np.testing.assert_array_equal(decode("f32", file.data("action_q99"), (6,)), np.float32(step.params["q99"]))
+    else:
+        np.testing.assert_array_equal(decode("f32", file.data("action_std"), (6,)), np.float32(step.params["std"]))
+    back = read_policy(str(path))
+    assert back.spec == original.spec and back.io == original.io
+    for name in original.weights:
+        np.testing.assert_allclose(back.weights[name].load(), original.weights[name].load(), atol=1e-6, err_msg=name)
+    for edit, said in (
+        (set_key(f"{kind}.image_size", "u32", 448), "wants 256"),
+        (drop("action_mean"), "action_mean is missing"),
+        (reshape("vit.pos_embd", 256, 32, kind="q8_0"), "is q8_0"),
+        (set_key(f"{kind}.rope_theta", "f32", 10000.0), "expected f64"),
+    ):
+        with pytest.raises(ArtifactError, match=said):
+            check_file(files.edited(path, tmp_path / "wrong.gguf", edit), "vla.cpp")
+
+
+def test_qvac_knows_pi05_in_the_published_widths_only(tmp_path: Path) -> None:
+    folder = pi_files.write(tmp_path / "pi05", "pi05", pi_files.NARROW, num_inference_steps=5)
+    with pytest.raises(Unsupported) as refused:
+        compiled(folder, tmp_path / "out.gguf", spec={"vision.num_attention_heads": "2"})
+    for said in (
+        "vision.hidden_size is 32, the engine has 1152",
+        "expert.head_dim is 16, the engine has 256",
+        "flow.num_steps is 5, the engine has 10",
+    ):
+        assert said in refused.value.message
+    other = pi_files.write(tmp_path / "pi0", "pi0", pi_files.NARROW)
+    with pytest.raises(Unsupported, match="dialect qvac has no layout for family pi0; it has: smolvla, pi05"):
+        compiled(other, tmp_path / "out.gguf", spec={"vision.num_attention_heads": "2"})

@@ -102,7 +102,7 @@ class Layout:
         forbidden: (pattern, why): tensor names that break the engine.
         case_insensitive: whether the engine lower-cases the architecture.
         nameless: whether it takes a file without an architecture for this one.
-        statistics: the normalisation mode that the engine applies, "" for none.
+        statistics: the normalisation modes that the engine can apply, none for engines that leave it to the caller.
         notes: what a user of such a file should know.
     """
 
@@ -119,7 +119,7 @@ class Layout:
     formats: Mapping[str, tuple[str, ...]]
     at_most: Mapping[str, int] = field(default_factory=dict)
     same: Mapping[str, str] = field(default_factory=dict)
-    statistics: str = ""
+    statistics: tuple[str, ...] = ()
     newer: tuple[tuple[str, ...], str] = ((), "")
     forbidden: tuple[tuple[str, str], ...] = ()
     case_insensitive: bool = False

@@ -165,23 +165,26 @@ def _prompt_length(io: IO) -> dict[str, int]:
     return {"tokenizer_max_length": lengths[-1]} if lengths else {}
 
 
-def _own_statistics(io: IO, tensors: dict[str, LazyTensor], dims: Dims) -> IO:
-    """The file's own mean and deviation in place of the checkpoint's: they are what its engine applies."""
+_MODES = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99")}
 
-    def placed(steps: tuple[Step, ...], kind: str, part: str, at: int) -> tuple[Step, ...]:
-        if f"io.{part}.mean" not in tensors or not steps:
-            return steps
-        values = {k: tensors[f"io.{part}.{k}"].load().tolist() for k in ("mean", "std")}
-        new = Step(kind, {"mode": "MEAN_STD", "eps": dims.get("io.norm_eps", 1e-8), **values})
-        rest = [s for s in steps if s.step != kind]
-        return (*rest[:at], new, *rest[at:])
+
+def _own_statistics(io: IO, tensors: dict[str, LazyTensor], dims: Dims) -> IO:
+    """The file's own statistics in place of the checkpoint's: they are what its engine applies."""
+
+    def replaced(steps: tuple[Step, ...], part: str) -> tuple[Step, ...]:
+        return tuple(_replaced(step, part, tensors, dims) for step in steps)
 
     return dataclasses.replace(
-        io,
-        state_steps=placed(io.state_steps, "normalise", "state", 0),
-        action_steps=placed(io.action_steps, "unnormalise", "action", 1),
-        units=io.units if "io.state.mean" not in tensors else "robot",
+        io, state_steps=replaced(io.state_steps, "state"), action_steps=replaced(io.action_steps, "action")
     )
+
+
+def _replaced(step: Step, part: str, tensors: dict[str, LazyTensor], dims: Dims) -> Step:
+    names = _MODES.get(str(step.params.get("mode")), ())
+    if not step.step.endswith("normalise") or not names or any(f"io.{part}.{n}" not in tensors for n in names):
+        return step
+    values = {n: tensors[f"io.{part}.{n}"].load().tolist() for n in names}
+    return Step(step.step, {**step.params, **values, "eps": dims.get("io.norm_eps", step.params.get("eps", 1e-8))})
 
 
 def detect_file(path: Path) -> bool:
