@@ -2,9 +2,10 @@
 
 Rows of v_proj of each kv head are multiplied by an orthogonal matrix (a Hadamard matrix with seeded signs where there
 is one of the head's size), columns of o_proj of every query head that reads them by the same one: the attention's
-result comes out as before (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456, its value rotation). Nothing runs at run time, and
-outliers within a head are spread before values or o_proj are rounded. An expert that reads the VLM's values gets their
-rotation: in its own v_proj and o_proj where both attend together, in the input of its v_proj where it attends across.
+result comes out as before (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456, its value rotation). Nothing runs at run
+time, and outliers within a head are spread before values or o_proj are rounded. An expert that reads the VLM's values
+gets their rotation: in its own v_proj and o_proj where both attend together, in the input of its v_proj where it
+attends across.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vlac.ops import NpArray
 from vlac.passes.truncate_layers import pairs_of
 from vlac.policy import Policy
 from vlac.registry import Pass, passes
-from vlac.rounding import hadamard, rotation
+from vlac.rotations import hadamard, rotation
 from vlac.weights import Weights
 
 

@@ -76,6 +76,10 @@ class StageEmitter:
         """All nodes; returns the name in the graph of every output of the stage."""
         for node in self.stage.nodes:
             if not self._fold(node):
+                if node.op not in EMITTERS:
+                    raise Unsupported(
+                        f"stage {self.stage.name}: {node.name} = {node.op} has no ONNX form", remedy="use a gguf target"
+                    )
                 out = self.graph.unique(self._prefix + node.name)
                 EMITTERS[node.op](self, node, out)
                 self._names[node.name] = out

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vlac import kv_codes
 from vlac.artifact import Sidecars, open_artifact
 from vlac.engines.base import NAMES, EngineSession, get_engine
 from vlac.engines.numpy_engine import NumpySession
@@ -102,6 +103,11 @@ def attention_case(nq: int, nk: int, heads: int, kv: int, d: int, e: int, mask: 
     )
 
 
+def packed(rows: int, width: int, bits: int, d: int) -> NpArray:
+    """Codes that pack_codes could give."""
+    return kv_codes.encode(normal(rows, width), None, bits, d, 0, "norm")
+
+
 CAUSAL = np.tril(np.ones((7, 7), dtype=bool))
 HOLES = np.array([[True, False, True, True, False], [False] * 5, [False, False, False, False, True]])
 LENGTHS = ((1, 1), (1, 5), (3, 8), (7, 24), (2, 65), (33, 48))
@@ -181,6 +187,13 @@ CASES: tuple[Case, ...] = (
     case("rope", normal(3, 8), bools("011"), head_dim=4, base=10000.0),
     case("rope", normal(5, 36), bools("10101"), head_dim=12, base=100.0),
     case("rope", normal(130, 64), bools("110" + "1" * 127), head_dim=64, base=10000.0),
+    case("column_mean", normal(5, 12), bools("10110")),
+    case("column_mean", normal(1, 3)),
+    case("pack_codes", normal(5, 24), bits=4, head_dim=12, seed=0, scale="norm"),
+    case("pack_codes", normal(7, 64), normal(1, 64), bits=3, head_dim=64, seed=5, scale="least_squares"),
+    case("pack_codes", normal(1, 18) * 0, bits=8, head_dim=6, seed=1, scale="raw"),
+    case("unpack_codes", packed(5, 24, 4, 12), bits=4, head_dim=12, seed=0),
+    case("unpack_codes", packed(7, 64, 3, 64), normal(1, 64), bits=3, head_dim=64, seed=5),
     case("time_embedding", np.array([[1.0]], np.float32), dim=24, min_period=4e-3, max_period=4.0),
     case("time_embedding", np.array([[0.9], [0.1]], np.float32), dim=6, min_period=4e-3, max_period=4.0),
 )

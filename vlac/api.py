@@ -105,9 +105,10 @@ def lower_for(
     """The program ready to emit, the format requested for each tensor, and each tensor's role."""
     from vlac.graph import check
     from vlac.lower import assign_formats, lower, roles
+    from vlac.rewrites.cache import quantize_cache
     from vlac.rewrites.rotate import rotate_inputs
 
-    program = lower(draw(policy))
+    program = quantize_cache(lower(draw(policy)), policy.kv)
     program = assign_formats(program, target.plan, policy.precision)
     program = rotate_inputs(program, policy.rotations)
     requested = {name: p.format for name, p in program.params.items()}

@@ -15,6 +15,7 @@ from typing import Any, Union
 
 import numpy as np
 
+from vlac import kv_codes
 from vlac.dims import Affine, Dim, product
 from vlac.errors import ProgramError
 
@@ -285,6 +286,40 @@ def _write_rows(t: Sequence[Type], a: Attrs) -> Type:
 def _repeat_each(t: Sequence[Type], a: Attrs) -> Type:
     x = _vector(t, a)
     return Type(x.dtype, (x.shape[0] * a["times"],))
+
+
+def _head_width(a: Attrs) -> tuple[int, int]:
+    """(numbers, words) of one head of one row of packed codes."""
+    _need(a["bits"] in kv_codes.BITS, f"bits {a['bits']}, expected one of {', '.join(map(str, kv_codes.BITS))}")
+    _need(0 < a["head_dim"] <= 4096 and 0 <= a["seed"] < 2**31, f"head_dim {a['head_dim']}, seed {a['seed']}")
+    return a["head_dim"], kv_codes.words(a["bits"], a["head_dim"])
+
+
+def _pack(t: Sequence[Type], a: Attrs) -> Type:
+    x, (d, words) = t[0], _head_width(a)
+    _need(a["scale"] in kv_codes.SCALES, f"scale {a['scale']!r}, expected one of {', '.join(kv_codes.SCALES)}")
+    _need(x.dtype == "f32" and len(x.shape) == 2, f"pack_codes of {x}")
+    (width,) = _numbers(x, x.shape[1:])
+    _need(width % d == 0, f"pack_codes: width {width}, head_dim {d}")
+    _need(t[1:] in ([], [Type("f32", (1, width))]), f"pack_codes: mean {t[-1]} for {x}")
+    return Type("i32", (x.shape[0], width // d * words))
+
+
+def _unpack(t: Sequence[Type], a: Attrs) -> Type:
+    x, (d, words) = t[0], _head_width(a)
+    _need(x.dtype == "i32" and len(x.shape) == 2, f"unpack_codes of {x}")
+    (width,) = _numbers(x, x.shape[1:])
+    _need(width % words == 0, f"unpack_codes: {width} words, {words} for each head")
+    result = Type("f32", (x.shape[0], width // words * d))
+    _need(t[1:] in ([], [Type("f32", (1, result.shape[1]))]), f"unpack_codes: mean {t[-1]} for {result}")
+    return result
+
+
+def _column_mean(t: Sequence[Type], a: Attrs) -> Type:
+    x = t[0]
+    _need(x.dtype == "f32" and len(x.shape) == 2, f"column_mean of {x}")
+    _need(t[1:] in ([], [Type("bool", x.shape[:1])]), f"column_mean: valid {t[-1]} for {x}")
+    return Type("f32", (1, x.shape[1]))
 
 
 # --- index and mask arithmetic ---------------------------------------------------------------------------------
@@ -565,6 +600,31 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     v = _f64(x[0]).reshape(x[0].shape[0], -1, 2, d // 2)
     x1, x2 = v[:, :, 0], v[:, :, 1]
     return _f32(np.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=2).reshape(x[0].shape))
+
+
+@_op("column_mean", "x valid?", _column_mean, host=True)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Mean over the rows of x [N, W] that `valid` [N] marks (all without it): [1, W]; zeros where none is."""
+    return kv_codes.column_mean(x[0], x[1] if len(x) > 1 else None)
+
+
+@_op("pack_codes", "x mean?", _pack, host=True, bits="int", head_dim="int", seed="int", scale="str")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """Every head of every row of x - mean [N, G*d] as codes of `bits` bits and a float16 scale: i32 [N, G*words].
+
+    The head times R(d, seed) (vlac.rotations), over its norm / sqrt(d): y. Code: the nearest level of the Lloyd-Max
+    table for d and bits (vlac.kv_codes), ties to the lower; q are the levels. Scale: "norm" |x|/|q|, "least_squares"
+    |x| <q,y> / (sqrt(d) <q,q>), "raw" |x|/sqrt(d). Words: codes as a stream of bits, value by value, lowest bit first,
+    padded to a whole word; then the scale's 16 bits. Computed in float64, so that every engine gives the same codes.
+    """
+    mean = x[1] if len(x) > 1 else None
+    return kv_codes.encode(x[0], mean, a["bits"], a["head_dim"], a["seed"], a["scale"])
+
+
+@_op("unpack_codes", "codes mean?", _unpack, host=True, bits="int", head_dim="int", seed="int")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """What pack_codes stands for: (scale * levels) R(d, seed)^T + mean, f32 [N, G*d]."""
+    return kv_codes.decode(x[0], x[1] if len(x) > 1 else None, a["bits"], a["head_dim"], a["seed"])
 
 
 @_op("time_embedding", "t", _time, host=True, dim="int", min_period="float", max_period="float")

@@ -45,7 +45,7 @@ class Policy:
         flow: solver and time grid, None for families without one.
         rotations: (pattern, block) pairs: linears whose inputs are rotated block by block before they are multiplied,
             their weights stored in that basis (vlac.rewrites.rotate); the weights here are in the plain one.
-        kv: format of the key/value cache.
+        kv: format of the keys and values that a loop reads: "f32", or codes as vlac.rewrites.cache writes them.
         history: what was applied. source: where it came from. warnings: what a person should know.
         ignored: config keys that do not act on inference, listed by `inspect`.
         parameters: how many the checkpoint holds, dead ones included (the number people call the model by).

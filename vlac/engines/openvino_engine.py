@@ -22,7 +22,7 @@ from vlac.graph import Program, Stage, infer_stage
 DECLINES: Mapping[str, str] = {
     "time_embedding": "OpenVINO computes its float64 sinusoids in float32; lowering turns them into a table of steps",
     **dict.fromkeys(
-        ("column_mean", "pack_codes", "unpack_codes"), "packed keys and values have no ONNX form here; use a gguf target"
+        ("column_mean", "pack_codes", "unpack_codes"), "packed keys and values have no ONNX form; use a gguf target"
     ),
 }
 """op -> why this engine does not run it."""

@@ -17,7 +17,7 @@ from vlac.graph import Node, Param, Program
 from vlac.ops import NpArray, Type
 from vlac.rewrites.draft import Draft, StageDraft, node
 from vlac.rewrites.precision import roles
-from vlac.rounding import rotation
+from vlac.rotations import rotation
 from vlac.weights import LazyTensor
 
 
