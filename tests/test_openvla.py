@@ -31,8 +31,18 @@ ROUNDED = (
     ("onnx-int8", "openvino", 0.05),
     ("onnx-int4", "onnxruntime", 0.5),
     ("gguf-q4", "ggml", 0.05),
+    ("gguf-q5", "ggml", 0.05),
+    ("gguf-q6", "ggml", 0.05),
+    ("gguf-bf16", "ggml", 0.02),
+    ("onnx-fp16", "onnxruntime", 0.002),
 )
 """Target, engine, and how far (relative L2) the first token's logits may lie from the original's (random weights)."""
+
+
+ROUNDED_OFT = tuple(
+    (target, engine, {"onnx-int4": 0.8, "gguf-q4": 0.35}.get(target, 2.2 * limit)) for target, engine, limit in ROUNDED
+)
+"""The same for the chunk of an L1 head, which reads seven rows of 44 random features at once."""
 
 
 def arrays(folder: Path) -> dict[str, NpArray]:
@@ -205,6 +215,16 @@ def test_oft_gives_the_originals_chunk(target: str, engine: str, i: int, compile
         limit = 5e-3 if target == "gguf-f16" else 1e-5
         assert np.abs(chunk - want).max() <= limit * np.abs(want).max()
         assert policy.tokens is None
+
+
+@pytest.mark.parametrize(("target", "engine", "limit"), ROUNDED_OFT)
+def test_oft_with_rounded_weights_stays_within_bounds(target: str, engine: str, limit: float, compiled: Any) -> None:
+    need(engine)
+    a = arrays(OFT)
+    with vlac.load(compiled(OFT, target), engine=engine, threads=1) as policy:
+        for i in (0, 1, 3):
+            chunk, want = policy.act(**observation(OFT, i)), a[f"obs{i}_action"]
+            assert np.linalg.norm(chunk - want) <= limit * np.linalg.norm(want)
 
 
 def test_oft_without_its_head_decodes_all_tokens_at_once(tmp_path: Path) -> None:
