@@ -11,7 +11,7 @@ import numpy as np
 
 from vlac.engines.base import EngineSession, gathered
 from vlac.errors import ArtifactError, EngineError
-from vlac.graph import Call, Program, Repeat, Stage
+from vlac.graph import RUNTIME_INPUTS, Call, Program, Repeat, Stage
 from vlac.ops import DTYPES
 from vlac.runtime.inputs import bind
 from vlac.runtime.observation import Array
@@ -36,8 +36,8 @@ def execute(
 
     Args:
         env, symbols: from `prepare`.
-        taps: if given, collects the outputs of every stage by name, and the carried value of a repeated stage after
-            each turn ("x_after_step0", ...).
+        taps: if given, collects the outputs of every stage by name, and what a repeated stage carries on from a runtime
+            input (noise) after each turn ("x_after_step0", ...).
         stats: if given, collects milliseconds per stage ("vision_ms": all cameras together, ...).
         collected: if given, receives what a Repeat collects over its turns, by name; of an artifact that is one graph
             only its result.
@@ -224,9 +224,10 @@ def _repeat(
         inputs = {**inputs, step.index: np.array([i], dtype=np.int32)}
         out = engine.run(stage.name, inputs, symbols)
         turns.append({name: out[name] for name, _ in step.collect})
-        for name, into, _ in step.carry:
+        for name, into, initial in step.carry:
             inputs[into] = out[name]
-            taps[f"{into}_after_step{i}"] = np.array(out[name])
+            if initial in RUNTIME_INPUTS:  # a sampler's state; a decoder's caches would be gigabytes
+                taps[f"{into}_after_step{i}"] = np.array(out[name])
         if step.until and int(out[step.until][0]) in step.stop:
             break
     return {**out, **gathered(step, turns)}
