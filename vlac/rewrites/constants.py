@@ -114,7 +114,10 @@ def _table(draft: Draft, step: Repeat, part: list[Node], name: str, shape: tuple
     width = int(np.prod(shape))
 
     def load() -> NpArray:
-        turns = [evaluate(part, name, weights, {step.index: np.array([i], dtype=np.int32)}) for i in range(step.times)]
+        # loaded and widened once, not once per turn: the references compute in float64
+        given = {f"@{w}": t.load().astype(np.float64) for w, t in weights.items()}
+        indices = (np.array([i], dtype=np.int32) for i in range(step.times))
+        turns = [evaluate(part, name, weights, {**given, step.index: i}) for i in indices]
         return np.stack([np.asarray(t, dtype=np.float32).reshape(width) for t in turns])
 
     return LazyTensor((step.times, width), load, "f32", f"table of {name}")
