@@ -23,6 +23,7 @@ from checkpoint_files import (
     edit_tensors,
     read,
     sparse_tensors,
+    to_older_generation,
 )  # fmt: skip
 from conftest import GoldenFolder
 
@@ -377,7 +378,25 @@ def test_names_of_every_generation_are_one_policy(generation: str, tmp_path: Pat
         np.testing.assert_array_equal(found.weights[key].load(), expected.weights[key].load())
 
 
-def test_an_embedding_that_is_not_tied_is_read_as_it_is(tmp_path: Path) -> None:
+def test_an_early_pi0_without_processors_is_read(tmp_path: Path) -> None:
+    """Mid 2025: statistics inside the weights, steps and resize under other keys, padding left and above."""
+    folder = copy_golden(tmp_path, "pi0_tiny")
+    to_older_generation(folder)
+
+    def edit(table: dict[str, Any]) -> None:
+        del table["image_resolution"], table["num_inference_steps"]
+        table.update(resize_imgs_with_padding=[56, 56], num_steps=4, proj_width=36)
+
+    edit_json(folder / "config.json", edit)
+    policy = read(folder, spec=HEADS, tokenizer=str(folder / "tokenizer"))
+    assert policy.flow is not None and len(policy.flow.times) == 4
+    assert policy.io.image_steps[0].params["align"] == "right-bottom"
+    plain = policy_of("pi0_tiny").io
+    assert (policy.io.state_steps, policy.io.action_steps) == (plain.state_steps, plain.action_steps)
+    assert policy.io.text_steps == plain.text_steps and any("early pi0" in w for w in policy.warnings)
+
+
+def test_an_embedding_that_is_not_tied_is_read_as_it_is() -> None:
     policy = policy_of("pi0fast_tiny")
     head, table = (policy.weights[f"text.{n}.weight"].load() for n in ("lm_head", "embed_tokens"))
     assert not np.array_equal(head, table)
