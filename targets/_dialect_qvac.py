@@ -17,8 +17,8 @@ _FORMATS = {
     "linear": (*(n for n in _ANY if n not in ("f16", "f32")), "f16", "f32"),
     "embed": (*(n for n in _ANY if n not in ("f16", "f32")), "f16", "f32"),
     "head": (*(n for n in _ANY if n not in ("f16", "f32")), "f16", "f32"),
-    "vector": (*(n for n in _ANY if n != "f32"), "f32"),
-    "position": (*(n for n in _ANY if n != "f32"), "f32"),
+    "vector": ("q8_0", "bf16", "f16", "f32"),  # those tried in the engine; they are cast to f32 there
+    "position": ("q8_0", "bf16", "f16", "f32"),
     "conv": ("f16", "f32"),
 }
 _FORBIDDEN = (
