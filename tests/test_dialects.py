@@ -581,3 +581,18 @@ def test_qvac_knows_pi05_in_the_published_widths_only(tmp_path: Path) -> None:
     other = pi_files.write(tmp_path / "pi0", "pi0", pi_files.NARROW)
     with pytest.raises(Unsupported, match="dialect qvac has no layout for family pi0; it has: smolvla, pi05"):
         compiled(other, tmp_path / "out.gguf", spec={"vision.num_attention_heads": "2"})
+
+
+@pytest.mark.parametrize(("kind", "name"), [("q4_1", "Q4_1"), ("q5_1", "Q5_1"), ("q5_0", "Q5_0"), ("q8_0", "Q8_0")])
+def test_formats_of_their_quantizers_are_read(qvac: Path, tmp_path: Path, kind: str, name: str) -> None:
+    """Packed and unpacked by gguf-py, the package that both projects' quantizers are built on."""
+    gguf = pytest.importorskip("gguf")
+    values = np.random.default_rng(3).standard_normal((64, 64)).astype(np.float32)
+    packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType[name])
+
+    def edit(keys: dict[str, Value], tensors: Tensors) -> None:
+        tensors["t.blk.0.ffn_up.weight"] = (kind, (64, 64), packed.reshape(-1))
+
+    back = facts._read(files.edited(qvac, tmp_path / "packed.gguf", edit), None)
+    expected = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name])
+    np.testing.assert_array_equal(back.weights["text.layers.0.mlp.up_proj.weight"].load(), expected)

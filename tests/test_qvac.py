@@ -77,7 +77,7 @@ def test_smolvla_answers_as_our_reference(
     result = vlac.compile(checkpoint, target=target, out=tmp_path / "out.gguf", dialect="qvac", goldens=1)
     assert result.path is not None
     check_file(result.path, "qvac")
-    observations = synthetic(policy.io, 3, seed=3)
+    observations = synthetic(policy.io, 2, seed=3)
     found, worst, hparams = held_against(policy, result.path, observations, tmp_path / "run")
     print(f"{target}: cosine {found:.9f}, max|d|/max {worst:.2e}")
     assert hparams["chunkSize"] == 7 and hparams["actionDim"] == 4

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlac.errors import CheckpointError, Unsupported
-from vlac.formats import FORMATS, decode
+from vlac.formats import FORMATS, Bytes, decode
 from vlac.gguf import IO_KEY, TOKENIZER, GgufFile, read_gguf
 from vlac.gguf_dialects import Dims, Findings, Row, detect, examine, foreign_file, layouts, refusal
 from vlac.io import IO, Camera, Step
@@ -75,16 +76,32 @@ def _dead(findings: Findings, ours: str) -> bool:
 
 def _tensor(file: GgufFile, name: str, row: Row) -> LazyTensor:
     info = file.tensors[name]
-    if info.type not in FORMATS:
-        known = ", ".join(f.name for f in FORMATS.values() if f.ggml_type is not None)
+    if info.type not in (*FORMATS, *_WITH_MINIMUM):
+        known = ", ".join((*(f.name for f in FORMATS.values() if f.ggml_type is not None), *_WITH_MINIMUM))
         raise Unsupported(f"{file.path}: tensor {name} is {info.type}; vlac reads {known}")
     shape = (info.shape[0], math.prod(info.shape[1:])) if row.kind == "conv" else info.shape
 
     def load() -> Array:
-        values = decode(info.type, file.data(name), info.shape).reshape(shape)
+        unpack = _with_minimum if info.type in _WITH_MINIMUM else decode
+        values = unpack(info.type, file.data(name), info.shape).reshape(shape)
         return values - np.float32(row.add) if row.add else values
 
     return LazyTensor(shape, load, info.type, f"{file.path.name}: {name}")
+
+
+_WITH_MINIMUM = {"q4_1": 20, "q5_1": 24}
+"""Block formats that these engines' quantizers write and vlac does not: bytes per block of 32."""
+
+
+def _with_minimum(kind: str, data: Bytes, shape: Sequence[int]) -> Array:
+    """float32 of q4_1 and q5_1: float16 d and m, then (q5_1) 32 fifth bits, then 32 nibbles; d * q + m."""
+    blocks = np.ascontiguousarray(data).reshape(-1, _WITH_MINIMUM[kind])
+    scale, least = (np.ascontiguousarray(blocks[:, i : i + 2]).view(np.float16).astype(np.float32) for i in (0, 2))
+    nibbles = blocks[:, -16:]
+    q = np.concatenate([nibbles & 15, nibbles >> 4], axis=1)
+    if kind == "q5_1":
+        q = q | (np.unpackbits(blocks[:, 4:8], axis=1, bitorder="little") << 4)
+    return (q.astype(np.float32) * scale + least).reshape(shape)
 
 
 # --- what comes from elsewhere -------------------------------------------------------------------------------------
