@@ -34,6 +34,10 @@ MAX_TAP_BYTES = 1 << 20
 MAX_REFERENCE_BYTES = 3 << 30
 """A model whose float32 weights take more is read anew for every use, so that compiling fits a small machine."""
 
+REFERENCE_THREADS = 2
+"""Threads of the reference, whatever the machine has and OMP_NUM_THREADS says: their number decides how sums are split,
+and compiling twice must give the same bytes."""
+
 
 def fits(program: Program) -> bool:
     """Whether the reference keeps all weights in memory."""
@@ -49,7 +53,7 @@ def reference_session(program: Program) -> EngineSession:
     if importlib.util.find_spec("torch") is not None:
         from vlac.engines.torch_engine import TorchSession
 
-        return TorchSession(program, weight, keep_weights=fits(program))
+        return TorchSession(program, weight, threads=REFERENCE_THREADS, keep_weights=fits(program))
     from vlac.engines.numpy_engine import NumpySession
 
     return NumpySession(program, weight)
@@ -96,7 +100,7 @@ def synthetic(io: IO, count: int, seed: int = 0) -> tuple[Golden, ...]:
         if not images:
             c = io.cameras[0]
             images = {c.key: block_picture(rng, 480, 640)}
-        noise = rng.standard_normal((io.chunk_size, io.max_action_dim)).astype(np.float32)
+        noise = rng.standard_normal(io.noise_shape).astype(np.float32)
         empty = np.zeros((0, 0), np.float32)
         result.append(Golden(images, sample_state(io, rng), TASKS[i % len(TASKS)], noise, empty, empty))
     return tuple(result)

@@ -58,6 +58,7 @@ class IO:
         n_action_steps: how many rows of a chunk a robot executes before asking again.
         choices: name -> fields of this IO that it replaces: state and action steps under other statistics, for a policy
             that was trained on several datasets (`act(unnorm_key=)`). One of them is what stands here already.
+        sampled_rows: rows of noise that the sampler starts from, where the chunk keeps fewer; 0 = chunk_size.
     """
 
     cameras: tuple[Camera, ...]
@@ -80,6 +81,12 @@ class IO:
     rename: Mapping[str, str] = field(default_factory=dict)
     action_names: tuple[str, ...] = ()
     choices: Mapping[str, Mapping[str, tuple[Step, ...]]] = field(default_factory=dict)
+    sampled_rows: int = 0
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """Rows and columns of the noise that a sampler starts from."""
+        return self.sampled_rows or self.chunk_size, self.max_action_dim
 
     def chosen(self, name: str | None) -> IO:
         """This IO under one of its choices; None leaves it. InputError names those there are."""

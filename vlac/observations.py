@@ -5,7 +5,7 @@ For observation i = 0, 1, ... the file holds
   obs{i}/state               float32 [state_dim], raw
   obs{i}/task                the instruction: UTF-8 bytes as uint8, or a text array; or <file>.json or golden.json
                              beside the file with a list under "tasks"
-  obs{i}/noise               float32 [chunk_size, max_action_dim], a leading 1 allowed; seeded when absent
+  obs{i}/noise               float32 io.noise_shape, a leading 1 allowed; seeded when absent
   obs{i}/chunk, or chunk_robot, and chunk_normalised   [chunk_size, action_dim], a leading 1 allowed; optional: answers
                              of an fp32 reference
 That is what artifacts carry (vlac.artifact.write_goldens) and what the golden folders of the tests hold.
@@ -80,7 +80,7 @@ def _one(path: Path, arrays: Mapping[str, NpArray], tasks: list[str], i: int, io
         raise InputError(f"{path}: {prefix}state is missing", remedy=_LAYOUT)
     else:
         state = np.zeros(0, np.float32)
-    shape = (io.chunk_size, io.max_action_dim)
+    shape = io.noise_shape
     if prefix + "noise" in arrays:
         noise = _float(path, prefix + "noise", arrays[prefix + "noise"], shape)
     else:

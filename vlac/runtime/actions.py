@@ -10,13 +10,18 @@ import numpy as np
 from vlac.errors import InputError
 from vlac.io import Step
 from vlac.runtime.fast import fast_decode
-from vlac.runtime.observation import Array, StepFunction, apply_steps, span, statistics
+from vlac.runtime.observation import Array, StepFunction, apply_steps, clamp, span, statistics
 from vlac.runtime.token_bins import token_bins
 
 
 def take(x: Array, *, size: int) -> Array:
     """The first `size` columns: x [N, A] -> [N, size]."""
     return x[:, :size]
+
+
+def take_rows(x: Array, *, count: int) -> Array:
+    """The first `count` rows: x [N, A] -> [count, A]."""
+    return x[:count]
 
 
 def unnormalise(x: Array, *, mode: str, eps: float = 1e-8, **stats: Any) -> Array:
@@ -34,17 +39,31 @@ def unnormalise(x: Array, *, mode: str, eps: float = 1e-8, **stats: Any) -> Arra
     return (x + np.float32(1)) / np.float32(2) * width + low
 
 
-def add_state(x: Array, *, columns: Sequence[int], state: Array | None = None) -> Array:
-    """Actions relative to the robot's present pose: its raw state [state_dim] is added to these columns of x."""
+def unnormalise_rows(x: Array, *, low: Sequence[Sequence[float]], high: Sequence[Sequence[float]]) -> Array:
+    """(x + 1) / 2 * (high - low) + low with a range for every entry of x [N, d]; low and high have at least N rows."""
+    a, b = (np.asarray(v, dtype=np.float32)[: len(x)] for v in (low, high))
+    return (x + np.float32(1)) / np.float32(2) * (b - a) + a
+
+
+def add_state(
+    x: Array, *, columns: Sequence[int], state: Array | None = None, state_columns: Sequence[int] | None = None
+) -> Array:
+    """Actions relative to the robot's present pose: its raw state [state_dim] is added to these columns of x.
+
+    state_columns: which of the state, in order; None = the same columns.
+    """
     if state is None:
         raise InputError("this policy's actions are relative to the state, and no state is given", remedy="give state=")
     y = np.array(x)
-    y[:, list(columns)] += state[list(columns)]
+    y[:, list(columns)] += state[list(columns if state_columns is None else state_columns)]
     return y
 
 
 ACTION_STEPS: dict[str, StepFunction] = {
     "take": take,
+    "take_rows": take_rows,
+    "clamp": clamp,
+    "unnormalise_rows": unnormalise_rows,
     "unnormalise": unnormalise,
     "add_state": add_state,
     "token_bins": token_bins,

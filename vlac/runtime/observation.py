@@ -17,6 +17,7 @@ import numpy.typing as npt
 from vlac.errors import ArtifactError, InputError
 from vlac.io import Step
 from vlac.runtime.pillow_steps import centre_crop, pillow_fit, pillow_resize, square, stack_normalised, top_left
+from vlac.runtime.tensor_steps import tensor_resize, to_square, window
 
 Array = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
@@ -147,6 +148,13 @@ def pad(x: Array, *, size: int) -> Array:
     return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
 
 
+def silence(x: Array, *, columns: Sequence[int]) -> Array:
+    """Zeros in these columns of a state [..., d]: joints that never moved in training."""
+    y = np.array(x)
+    y[..., list(columns)] = 0
+    return y
+
+
 IMAGE_STEPS: dict[str, StepFunction] = {
     "resize_with_pad": resize_with_pad,
     "affine": affine,
@@ -158,8 +166,11 @@ IMAGE_STEPS: dict[str, StepFunction] = {
     "centre_crop": centre_crop,
     "stack_normalised": stack_normalised,
     "top_left": top_left,
+    "tensor_resize": tensor_resize,
+    "window": window,
+    "to_square": to_square,
 }
-STATE_STEPS: dict[str, StepFunction] = {"normalise": normalise, "clamp": clamp, "pad": pad}
+STATE_STEPS: dict[str, StepFunction] = {"normalise": normalise, "clamp": clamp, "pad": pad, "silence": silence}
 
 
 def step_function(table: Mapping[str, StepFunction], step: Step) -> StepFunction:

@@ -6,6 +6,7 @@ Each takes the text so far and the normalised state (None where the policy has n
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -55,12 +56,24 @@ def surround(text: str, state: State = None, *, before: str, after: str) -> str:
     return f"{before}{text}{after}"
 
 
+def default_text(text: str, state: State = None, *, default: str) -> str:
+    """`text`, or `default` where it is empty."""
+    return text or default
+
+
+def words_only(text: str, state: State = None) -> str:
+    """Lower-case, without anything but letters, digits, underscores and white space."""
+    return re.sub(r"[^\w\s]", "", text.lower())
+
+
 PROMPT_STEPS: dict[str, PromptStep] = {
     "ensure_suffix": ensure_suffix,
     "clean_task": clean_task,
     "state_in_prompt": state_in_prompt,
     "lowercase": lowercase,
     "surround": surround,
+    "default_text": default_text,
+    "words_only": words_only,
 }
 READ_STATE = ("state_in_prompt",)
 """Steps that need the state."""

@@ -142,7 +142,7 @@ def _check_io(artifact: Artifact, io: IO, where: str) -> None:
     check_steps(ACTION_STEPS, io.normalised_action_steps, f"{where}.normalised_action_steps", io.action_dim)
     check_text_steps(io.text_steps, f"{where}.text_steps")
     wanted = runtime_types(artifact.program)
-    sizes: dict[str, tuple[int, ...]] = {"noise": (io.chunk_size, io.max_action_dim)}
+    sizes: dict[str, tuple[int, ...]] = {"noise": io.noise_shape}
     try:
         if io.state_dim:
             made = apply_steps(STATE_STEPS, io.state_steps, np.zeros(io.state_dim, np.float32))
