@@ -2,7 +2,8 @@
 
 Standard ops throughout. Linears with int8 weights have two forms over the same bytes: "integer" quantises activations
 per row and multiplies integers (com.microsoft MatMulIntegerToFloat: the fast way in ONNX Runtime), "portable" says
-DequantizeLinear + MatMul (OpenVINO compresses it; any engine runs it).
+DequantizeLinear + MatMul (OpenVINO compresses it; any engine runs it). "integer" also attends on integers where that is
+faster (see _onnx_attention.py); "linears" is "integer" without that.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from vlac.errors import Unsupported
 from vlac.graph import Node, Program, Stage, infer_stage
 from vlac.layouts import INT4_BLOCK
 from vlac.ops import OPS, Type
+from vlac.targets._onnx_attention import emit_integer_attention, integer_attention
 from vlac.targets._onnx_graph import MICROSOFT, Graph, Weight, onnx_type
 from vlac.targets._onnx_ranges import Range
 
@@ -47,7 +49,7 @@ class StageEmitter:
         graph: where nodes go.
         program: bound (no symbols).
         ranges: of the stage's integer values (vlac.targets._onnx_ranges).
-        form: "portable" or "integer", see above.
+        form: "portable", "integer" or "linears", see above.
         given: names in the graph of the stage's inputs; prefix: before every name this emitter makes.
     """
 
@@ -364,7 +366,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     product = e.tmp(out, "product") if biased else out
     weight = n.inputs[1]
     w = e.graph.param(weight[1:]) if weight.startswith("@") else None
-    if w is not None and w.format == "int8" and e.form == "integer":
+    if w is not None and w.format == "int8" and e.form in ("integer", "linears"):
         _linear_integer(e, n.inputs[0], w, product)
     elif w is not None and w.format in ("int8", "int4"):
         e.node("MatMul", [e(n.inputs[0]), _dequantized(e, w)], product)
@@ -415,6 +417,9 @@ def _quantize_rows(e: StageEmitter, x: str) -> tuple[str, str]:
 @_emits("attention")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     """Decomposed; the query heads of one key head become rows of one matrix, so K and V are never repeated."""
+    if e.form == "integer" and integer_attention(n, e.types):
+        emit_integer_attention(e, n, out)
+        return
     heads, groups = n.attr["heads"], n.attr["kv_heads"]
     per = heads // groups
     (queries, q_width), (keys, _), (_, v_width) = (e.shape(i) for i in n.inputs[:3])

@@ -1,7 +1,8 @@
 """Targets onnx-fp32, onnx-fp16, onnx-int8, onnx-int4: a folder, one ONNX file per stage, for ONNX Runtime and OpenVINO.
 
 {stage}.onnx holds the graph (static shapes: every symbol at its largest value), {stage}.onnx.data the weights, aligned
-for mapping. int8 has a second graph per stage, {stage}.portable.onnx, over the same data file (see _onnx_ops.py).
+for mapping. int8 has more graphs per stage over the same data file, {stage}.portable.onnx, and {stage}.linears.onnx
+where there is long attention (see _onnx_ops.py).
 manifest["onnx"] tells which graph is which.
 `--single-file` writes one model.onnx that makes the whole chunk (see _onnx_single.py).
 """
@@ -17,6 +18,7 @@ from vlac.errors import VlacError
 from vlac.graph import Program, Stage, infer_stage
 from vlac.registry import Progress, Target, targets
 from vlac.targets._folder import TensorStore, write_sidecars
+from vlac.targets._onnx_attention import integer_attention
 from vlac.targets._onnx_graph import Graph, graph_names
 from vlac.targets._onnx_ops import StageEmitter
 from vlac.targets._onnx_ranges import Range, ranges
@@ -56,17 +58,26 @@ def emit(program: Program, sidecars: Sidecars, folder: Path, options: Mapping[st
 
 
 def forms(program: Program) -> tuple[str, ...]:
-    """Forms of graphs to write, that of {stage}.onnx first. They differ in int8 linears only."""
+    """Forms of graphs to write, that of {stage}.onnx first. They differ in int8 linears and the attention beside."""
     weights = {n.inputs[1] for s in program.stages for n in s.nodes if n.op == "linear"}
     integer = any(p.format == "int8" and f"@{name}" in weights for name, p in program.params.items())
-    return ("integer", "portable") if integer else ("portable",)
+    if not integer:
+        return ("portable",)
+    long = any(_long_attention(program, s) for s in program.stages)
+    return ("integer", "linears", "portable") if long else ("integer", "portable")
+
+
+def _long_attention(program: Program, stage: Stage) -> bool:
+    types = infer_stage(stage, program.params)
+    return any(integer_attention(n, types) for n in stage.nodes)
 
 
 def write_stage(
     program: Program, stage: Stage, store: TensorStore, folder: Path, bounds: Mapping[str, Range]
 ) -> dict[str, str]:
     """The graph files of one stage; returns form -> file name."""
-    files = graph_names(stage.name, forms(program))
+    kinds = [f for f in forms(program) if f != "linears" or _long_attention(program, stage)]
+    files = graph_names(stage.name, kinds)
     types = infer_stage(stage, program.params)
     for form, name in files.items():
         graph = Graph(store, f"{stage.name}.onnx.data")

@@ -220,7 +220,7 @@ def test_onnxruntime_with_float_activations_is_exact_in_the_decoded_weights(tmp_
         session = get_engine("onnxruntime").open(artifact, threads=1, options={"int8": kernels})
         assert session.info["int8"] == kernels
         assert relative_max(run_schedule(program, session, flow_inputs()), decoded) <= bound
-    with pytest.raises(EngineError, match="int8='double'; there are: integer, float"):
+    with pytest.raises(EngineError, match="int8='double'; there are: integer, linears, float"):
         get_engine("onnxruntime").open(artifact, options={"int8": "double"})
 
 

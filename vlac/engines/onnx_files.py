@@ -13,11 +13,15 @@ SINGLE = "model"
 """Name of the one graph of a `--single-file` artifact in manifest["onnx"]."""
 
 
+FALLBACK = {"integer": ("portable",), "linears": ("integer", "portable"), "portable": ()}
+"""form -> forms to take where a stage does not have it."""
+
+
 def graph_files(artifact: Artifact, engine: str, form: str) -> dict[str, Path]:
     """Stage name -> graph file. Graph files are small: their hashes are checked; of data files the size.
 
-    `form` is "portable", or "integer": activations are quantised in the graph; where nothing is int8 there is no such
-    form, and the portable one is taken.
+    `form` is "portable"; "linears": activations of int8 linears are quantised in the graph; or "integer": long
+    attention is on integers, too. Where a stage has no such form, `FALLBACK` tells what is taken.
     Raises EngineError for an artifact without ONNX graphs, ArtifactError for a file that is missing or changed.
     """
     table = artifact.manifest.get("onnx")
@@ -39,7 +43,7 @@ def graph_files(artifact: Artifact, engine: str, form: str) -> dict[str, Path]:
     result: dict[str, Path] = {}
     for stage in stages:
         row = table.get(stage) or {}
-        name = row.get(form, row.get("portable"))
+        name = next((row[f] for f in (form, *FALLBACK[form]) if f in row), None)
         if not isinstance(name, str):
             raise ArtifactError(f"{artifact.path}/manifest.json: no graph of stage {stage}", remedy="compile again")
         path = artifact.file(name)

@@ -1,7 +1,8 @@
 """ONNX Runtime on the stage files of an ONNX artifact (CPU by default), or on the one file of a --single-file artifact.
 
 Options: "provider" (default CPUExecutionProvider), "spinning" (threads wait busily: for a machine with nothing else),
-"int8" ("integer": activations are quantised; "float": weights are widened when loading; default: see `int8_kernels`).
+"int8" ("integer": activations of linears and long attention are quantised; "linears": attention stays float; "float":
+weights are widened when loading; default: see `int8_kernels`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ DECLINES: Mapping[str, str] = dict.fromkeys(
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU = "CPUExecutionProvider"
-INT8 = {"integer": "integer", "float": "portable"}
+INT8 = {"integer": "integer", "linears": "linears", "float": "portable"}
 """Ways to run int8 linears -> which graph has it."""
 
 

@@ -1,0 +1,101 @@
+"""Unmasked attention on integers for ONNX Runtime: uint8 queries and probabilities, int8 keys and values.
+
+One head at a time, so that its scores (4 MB for 1024 rows) stay in the cache. All scales are taken while running, the
+finest that cost nothing: queries one per head, keys and probabilities one per row, values one per channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlac.graph import Node
+from vlac.ops import Type
+from vlac.targets._onnx_graph import MICROSOFT
+
+if TYPE_CHECKING:
+    from vlac.targets._onnx_ops import StageEmitter
+
+LEAST_ROWS = 256
+"""Queries and keys from which integers are faster than float32, quantising included."""
+TINY = 1e-30
+
+
+def integer_attention(n: Node, types: Mapping[str, Type]) -> bool:
+    """Whether this node can be written so: long, with as many key heads as query heads, every key visible."""
+    if n.op != "attention" or len(n.inputs) != 3 or n.attr["heads"] != n.attr["kv_heads"]:
+        return False
+    rows = [types[i].shape[0] for i in n.inputs[:2]]
+    return all(isinstance(r, int) and r >= LEAST_ROWS for r in rows)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Names in the graph: queries and keys f32 [rows, d], values int8 [rows, d] with their scales f32 [d]."""
+
+    q: str
+    k: str
+    v8: str
+    v_scale: str
+    queries: int
+    keys: int
+
+
+def emit_integer_attention(e: StageEmitter, n: Node, out: str) -> None:
+    """Softmax(q k^T scale) v, each product in integers."""
+    heads = n.attr["heads"]
+    (queries, _), (keys, _) = (e.shape(i) for i in n.inputs[:2])
+    v8, v_scale = _integer_channels(e, n.inputs[2])
+    q, k = (_split(e, e(i), heads, 1, e.tmp(out, letter)) for i, letter in zip(n.inputs[:2], "qk", strict=True))
+    v, s = _split(e, v8, heads, 1, e.tmp(out, "v")), _split(e, v_scale, heads, 0, e.tmp(out, "v/scales"))
+    parts = [_Head(*names, queries, keys) for names in zip(q, k, v, s, strict=True)]
+    e.node("Concat", [_head(e, p, n.attr["scale"], f"{out}/{h}") for h, p in enumerate(parts)], out, axis=1)
+
+
+def _split(e: StageEmitter, x: str, parts: int, axis: int, name: str) -> list[str]:
+    outs = [e.graph.unique(f"{name}/{h}") for h in range(parts)]
+    e.graph.node("Split", [x], outs, axis=axis, num_outputs=parts)
+    return outs
+
+
+def _integer_channels(e: StageEmitter, x: str) -> tuple[str, str]:
+    """int8 [rows, width] of a value and its scales [width]; QuantizeLinear along axis 1 itself is scalar code."""
+    name = e(x)
+    scale = _scale(e, name, 0)
+    even = e.node("Div", [name, scale], e.tmp(name, "even"))
+    zero = e.graph.const(0, np.int8)
+    return e.node("QuantizeLinear", [even, e.f32(1.0), zero], e.tmp(name, "s8")), scale
+
+
+def _head(e: StageEmitter, x: _Head, scale: float, out: str) -> str:
+    q_scale, k_scale = _scale(e, x.q), _scale(e, x.k, 1)
+    q8 = e.node("QuantizeLinear", [x.q, q_scale, e.graph.const(128, np.uint8)], e.tmp(x.q, "u8"))
+    zeros = e.graph.const(np.zeros(x.keys, np.int8))
+    k8 = e.node("QuantizeLinear", [x.k, k_scale, zeros], e.tmp(x.k, "s8"), axis=0)
+    if scale != 1.0:
+        q_scale = e.node("Mul", [q_scale, e.f32(scale)], e.tmp(x.q, "scaled"))
+    scores = _product(e, q8, e.transpose(k8, e.tmp(k8, "T"), 1, 0), q_scale, k_scale, 128, e.tmp(out, "scores"))
+    p = e.node("Softmax", [scores], e.tmp(out, "p"), axis=-1)
+    # one scale for all rows would round the weights of rows that attend to everything to nothing
+    most = e.node("ReduceMax", [p, e.i64(1)], e.tmp(p, "max"), keepdims=0)
+    p_scale = e.node("Mul", [most, e.f32(1 / 255)], e.tmp(p, "scale"))
+    zeros = e.graph.const(np.zeros(x.queries, np.uint8))
+    p8 = e.node("QuantizeLinear", [p, p_scale, zeros], e.tmp(p, "u8"), axis=0)
+    y = _product(e, p8, x.v8, e.f32(1.0), x.v_scale, 0, e.tmp(out, "y"))
+    return e.node("Mul", [y, e.reshape(p_scale, e.tmp(p, "scales"), x.queries, 1)], e.graph.unique(out))
+
+
+def _product(e: StageEmitter, a: str, b: str, a_scale: str, b_scale: str, zero: int, out: str) -> str:
+    inputs = [a, b, a_scale, b_scale, e.graph.const(zero, np.uint8)]
+    return e.graph.node("MatMulIntegerToFloat", inputs, out, domain=MICROSOFT)
+
+
+def _scale(e: StageEmitter, x: str, *axes: int) -> str:
+    """absmax / 127 over these axes (of all values without), never zero."""
+    over = [e.i64(*axes)] if axes else []
+    most, least = (e.node(f"Reduce{m}", [x, *over], e.tmp(x, m.lower()), keepdims=0) for m in ("Max", "Min"))
+    absmax = e.node("Max", [most, e.node("Neg", [least], e.tmp(x, "neg")), e.f32(TINY)], e.tmp(x, "absmax"))
+    return e.node("Mul", [absmax, e.f32(1 / 127)], e.tmp(x, "scale"))
