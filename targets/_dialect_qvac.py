@@ -126,12 +126,9 @@ SMOLVLA = Layout(
         ),
         Check("the expert's width {expert_hidden_size} is odd", lambda d: int(d["expert.hidden_size"]) % 2 == 0),
         Check(
-            "text keys of {text_num_key_value_heads} x {text_head_dim} and expert keys of "
-            "{expert_num_key_value_heads} x 64; they must be equally wide",
-            lambda d: (
-                int(d["text.num_key_value_heads"]) * int(d["text.head_dim"])
-                == int(d["expert.num_key_value_heads"]) * 64
-            ),
+            "text keys of {text_num_key_value_heads} x {text_head_dim} and expert keys of {expert_num_key_value_heads} "
+            "x 64; they must be as many and as wide (equal products alone end the process)",
+            lambda d: d["text.head_dim"] == 64 and d["text.num_key_value_heads"] == d["expert.num_key_value_heads"],
         ),
         Check(
             "{text_num_attention_heads} text heads over {text_num_key_value_heads} key heads, or a head_dim of "

@@ -264,6 +264,13 @@ def set_key(name: str, kind: str, value: Any) -> Edit:
     return edit
 
 
+def set_keys(**text: int) -> Edit:
+    def edit(keys: dict[str, Value], tensors: Tensors) -> None:
+        keys.update({f"smolvla.text.{name}": Value("u32", value) for name, value in text.items()})
+
+    return edit
+
+
 def drop(name: str) -> Edit:
     def edit(keys: dict[str, Value], tensors: Tensors) -> None:
         keys.pop(name, None)
@@ -295,7 +302,8 @@ WRONG_QVAC: list[tuple[str, Edit, str]] = [
     ("layers", set_key("smolvla.expert.num_layers", "u32", 1), "2 text layers and 1 expert layers"),
     ("heads", set_key("smolvla.vision.num_heads", "u32", 5), "does not divide by 5 heads"),
     ("grid", set_key("smolvla.connector.scale_factor", "u32", 3), "does not divide by scale_factor 3"),
-    ("kv", set_key("smolvla.expert.num_kv_heads", "u32", 2), "must be equally wide"),
+    ("kv", set_key("smolvla.expert.num_kv_heads", "u32", 2), "as many and as wide"),
+    ("head size", set_keys(num_heads=4, num_kv_heads=2, head_dim=32), "1 x 64|2 x 32 .* end the process"),
     ("absent default", drop("smolvla.vision.num_heads"), "does not divide by 12 heads"),
     ("absent width", drop("smolvla.text.hidden_size"), "shape"),
     ("action", set_key("smolvla.flow.action_dim", "u32", 33), "exceeds max_action_dim"),

@@ -101,7 +101,7 @@ def _with_minimum(kind: str, data: Bytes, shape: Sequence[int]) -> Array:
     q = np.concatenate([nibbles & 15, nibbles >> 4], axis=1)
     if kind == "q5_1":
         q = q | (np.unpackbits(blocks[:, 4:8], axis=1, bitorder="little") << 4)
-    return (q.astype(np.float32) * scale + least).reshape(shape)
+    return np.asarray(q * scale + least, dtype=np.float32).reshape(shape)
 
 
 # --- what comes from elsewhere -------------------------------------------------------------------------------------
