@@ -353,7 +353,10 @@ def _cost(
     progress: Progress,
     not_asked: list[str],
 ) -> dict[str, Any]:
-    limits = [x for x in wanted if x.question == "cost"] or [metrics.parse_limit(t) for t in COST_LIMITS[grade]]
+    # a recipe of passes is lossy on purpose: without limits of the caller's it is judged as the coarsest format is
+    changed = any(h.get("name") != "quantize-weights" for h in artifact.manifest.get("history", ()))
+    defaults = COST_LIMITS[FORMATS[-1] if changed else grade]
+    limits = [x for x in wanted if x.question == "cost"] or [metrics.parse_limit(t) for t in defaults]
     floor: Mapping[str, float] | None
     if reference is not None:
         chunks, taps, floor = _run_reference(reference, read, artifact, given, progress)
