@@ -20,8 +20,12 @@ from vlac.weights import Array
 
 @dataclass(frozen=True)
 class QwenVisionSpec(VisionSpec):
-    """Qwen3-VL's ViT: 2 x 2 patches become one row; `deepstack` names layers whose output is merged as well."""
+    """Qwen3-VL's ViT: 2 x 2 patches become one row; `deepstack` names layers whose output is merged as well.
 
+    position_rule "merged": positions and rotations are tables of this grid, block of merged patches by block.
+    """
+
+    position_rule: str = "merged"
     merge: int = 2
     deepstack: tuple[int, ...] = ()
 

@@ -81,7 +81,7 @@ def build(policy: Policy) -> Program:
     spec, flow = policy.spec, policy.flow
     assert isinstance(spec, GrootSpec) and flow is not None
     stage, carries = _flow(spec, flow)
-    weights = {name: policy.weights[name] for name in shapes(spec)} | flow_tables(spec, flow)
+    known, tables = shapes(spec), flow_tables(spec, flow)
     steps = (Call("vision", each="camera"), Call("prefix"), Repeat("flow", len(flow.times), "step", carries))
     buckets = tuple(spec.pictures_end + n for n in blocks.token_buckets(spec.text_tokens))
     return check(
@@ -89,9 +89,9 @@ def build(policy: Policy) -> Program:
             name=policy.family,
             symbols=(Symbol("T", buckets),),
             stages=(_vision(spec), _prefix(spec), stage),
-            params={name: Param(t.shape) for name, t in weights.items()},
+            params={name: Param(shape) for name, shape in (known | {n: t.shape for n, t in tables.items()}).items()},
             schedule=Schedule(steps, "x_next"),
-            weights=Weights(weights),
+            weights=Weights({name: policy.weights[name] for name in known} | tables),
         )
     )
 

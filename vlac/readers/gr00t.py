@@ -314,6 +314,8 @@ def read(folder: Path, options: ReadOptions) -> Policy:
     tokenizer = _tokenizer(folder, name, options, warnings)
     spec = _spec(tensors, config, backbone, robot, image, prompt_start(tokenizer, folder))
     spec = override(spec, options.spec)
+    if (spec.vision.image_size, spec.cameras) != (image, len(robot.cameras)):
+        raise Unsupported("--spec: pictures' size and number come from processor_config.json")
     sections = _sections(backbone, spec.text.head_dim // 2)
     io: IO = make_io(spec, robot, pictures, picture_prompt(spec), options)
     if robot.tag == "libero_sim":

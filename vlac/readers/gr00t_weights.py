@@ -222,6 +222,8 @@ def _projectors(source: _Source, spec: GrootSpec, category: int) -> Pairs:
         yield f"{ours}.weight", w.map(lambda v: v[category].T, (w.shape[2], w.shape[1]))
         yield f"{ours}.bias", bias.map(lambda v: v[category], bias.shape[1:])
     table = source["action_head.position_embedding.weight"]
+    if table.shape[0] < spec.chunk_size:
+        raise CheckpointError(f"{table.source}: {spec.chunk_size} rows of actions, positions for {table.shape[0]}")
     yield (
         "action_encoder.position_embedding",
         table.map(lambda v: v[: spec.chunk_size], (spec.chunk_size, *table.shape[1:])),

@@ -1,0 +1,331 @@
+"""GR00T N1.7 against the answers of the original classes, in every engine; embodiments, statistics, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoint_files import GOLDEN, copy_golden, edit_config, edit_json
+
+import vlac
+from vlac.checkpoint import read_policy
+from vlac.engines.base import get_engine
+from vlac.errors import CheckpointError, InputError, Unsupported, VlacError
+from vlac.registry import ReadOptions
+
+NpArray = np.ndarray[Any, Any]
+
+FOLDER = GOLDEN / "groot_n17_tiny"
+TARGETS = (
+    ("gguf-f32", "torch", 1e-5),
+    ("onnx-fp32", "onnxruntime", 1e-5),
+    ("onnx-fp32", "openvino", 1e-5),
+    ("gguf-f32", "ggml", 2e-5),
+    ("gguf-f16", "ggml", 3e-3),
+    ("gguf-q8", "ggml", 0.06),
+    ("onnx-int8", "onnxruntime", 0.06),
+)
+"""Target, engine, and how far an action may lie from the original's, of the largest action. The weights are random and
+48 wide, so 8 bits cost far more than on a trained network."""
+
+with np.load(FOLDER / "golden.npz") as file:
+    ARRAYS: dict[str, NpArray] = dict(file)
+FACTS: dict[str, Any] = json.loads((FOLDER / "golden.json").read_text(encoding="utf-8"))
+
+
+def observation(i: int) -> dict[str, Any]:
+    return {
+        "images": {c: ARRAYS[f"obs{i}_image_{c}"] for c in FACTS["cameras"]},
+        "state": ARRAYS[f"obs{i}_state"],
+        "task": FACTS["observations"][i]["task"],
+        "noise": ARRAYS[f"obs{i}_noise"],
+    }
+
+
+def need(engine: str) -> None:
+    if why := get_engine(engine).missing():
+        pytest.skip(f"{engine}: {why}")
+
+
+def far(found: NpArray, want: NpArray) -> float:
+    assert found.shape == want.shape
+    return float(np.abs(found - want).max() / np.abs(want).max())
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """compiled(target, **options): the path of an artifact, made once."""
+    made: dict[Any, Path] = {}
+
+    def get(target: str, **options: Any) -> Path:
+        at = (target, repr(options))
+        if at not in made:
+            out = tmp_path_factory.mktemp("groot") / "made"
+            path = vlac.compile(FOLDER / "checkpoint", target, out, goldens=1, **options).path
+            assert path is not None
+            made[at] = path
+        return made[at]
+
+    return get
+
+
+# --- goldens ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_every_part_is_the_originals(i: int) -> None:
+    from vlac.api import draw
+    from vlac.goldens import reference_session
+    from vlac.runtime.session import execute, prepare
+
+    policy = read_policy(str(FOLDER / "checkpoint"))
+    program = draw(policy)
+    ready = prepare(policy.io, policy.tokenizer, program, **observation(i))
+    ids = ready.env["tokens"][ready.env["token_valid"]]
+    assert ids.tolist() == ARRAYS[f"obs{i}_input_ids"].tolist()
+    assert np.abs(ready.env["state"] - ARRAYS[f"obs{i}_state_padded"]).max() <= 1e-6
+    # block row, block column, row, column, channel, frame, y, x: both frames are the same picture
+    patches = ARRAYS[f"obs{i}_pixel_values"].reshape(2, 3, 3, 2, 2, 3, 2, 8, 8)
+    assert np.array_equal(patches[..., 0, :, :], patches[..., 1, :, :])
+    pixels = patches[..., 0, :, :].transpose(0, 5, 1, 3, 6, 2, 4, 7).reshape(2, 3, 48, 48)
+    assert np.abs(ready.env["pixels"] - pixels).max() <= 1e-6
+    taps: dict[str, NpArray] = {}
+    x = execute(program, reference_session(program), ready.env, ready.symbols, taps=taps)
+    assert far(taps["image_tokens"], ARRAYS[f"obs{i}_visual_tokens"]) <= 1e-5
+    assert far(taps["vl"][: len(ids)], ARRAYS[f"obs{i}_vl_embeds"]) <= 1e-5
+    assert far(x, ARRAYS[f"obs{i}_action_model"]) <= 1e-5
+
+
+@pytest.mark.parametrize(("target", "engine", "limit"), TARGETS)
+def test_actions_are_the_originals(target: str, engine: str, limit: float, compiled: Any) -> None:
+    need(engine)
+    with vlac.load(compiled(target), engine=engine, threads=1) as policy:
+        for i in range(4):
+            assert far(policy.act(**observation(i)), ARRAYS[f"obs{i}_action"]) <= limit
+        raw = policy.act(**{**observation(0), "state": ARRAYS["obs0_state_padded"][0, :7]}, units="normalized")
+        assert far(raw, ARRAYS["obs0_action_chunk"][:, :7]) <= max(limit, 1e-5) * 2
+
+
+def test_one_file_and_parity(compiled: Any) -> None:
+    need("onnxruntime")
+    from vlac.parity import parity
+
+    path = compiled("onnx-fp32", single_file=True)
+    with vlac.load(path, engine="onnxruntime", threads=1) as policy:
+        assert far(policy.act(**observation(1)), ARRAYS["obs1_action"]) <= 1e-5
+    report = parity(path, engine="onnxruntime")
+    assert report["ok"], report
+
+
+def test_only_the_chosen_embodiment_is_in_the_artifact(compiled: Any) -> None:
+    program = (compiled("onnx-fp32") / "program.txt").read_text(encoding="utf-8")
+    params = program.split("\nparams\n")[1]
+    assert "action_encoder.fc3.weight : f32[40,40]" in params  # the checkpoint holds five of each: [5, 40, 40]
+    assert "[5," not in params
+
+
+def test_what_no_step_changes_is_computed_once(compiled: Any) -> None:
+    """Keys and values of the VLM, and what the DiT's norms are modulated with, are not in the loop."""
+    program = (compiled("onnx-fp32") / "program.txt").read_text(encoding="utf-8")
+    loop = program.split("\nstage flow ")[1].split("\n  return")[0]
+    assert "@dit.layers.0.self_attn.k_proj" not in loop
+    assert "@state_encoder" not in loop
+    assert "modulation.weight" not in loop
+    assert "@dit.time" not in loop
+
+
+# --- embodiments and statistics --------------------------------------------------------------------------------
+
+
+def two_robots(folder: Path) -> None:
+    """Another robot, with other cameras, percentiles and relative joints."""
+
+    def processor(table: dict[str, Any]) -> None:
+        kwargs = table["processor_kwargs"]
+        other = json.loads(json.dumps(kwargs["modality_configs"]["toy_arm"]))
+        other["video"]["modality_keys"] = ["front"]
+        other["action"]["action_configs"][0].update(rep="RELATIVE")
+        kwargs["modality_configs"]["new_embodiment"] = other
+        kwargs["use_relative_action"] = True
+
+    def statistics(table: dict[str, Any]) -> None:
+        other = json.loads(json.dumps(table["toy_arm"]))
+        steps = np.arange(8)[:, None] + np.ones(6)
+        other["relative_action"] = {"arm": {"min": (-steps).tolist(), "max": (2 * steps).tolist()}}
+        table["new_embodiment"] = other
+
+    edit_json(folder / "processor_config.json", processor)
+    edit_json(folder / "statistics.json", statistics)
+
+
+def test_an_embodiment_is_chosen_by_name(tmp_path: Path) -> None:
+    folder = copy_golden(tmp_path, "groot_n17_tiny")
+    first = read_policy(str(folder))
+    two_robots(folder)
+    with pytest.raises(CheckpointError, match="2 embodiments") as error:
+        read_policy(str(folder))
+    assert "--embodiment" in error.value.remedy
+    with pytest.raises(CheckpointError, match="no embodiment 'elsewhere'"):
+        read_policy(str(folder), ReadOptions(embodiment="elsewhere"))
+    same = read_policy(str(folder), ReadOptions(embodiment="toy_arm"))
+    other = read_policy(str(folder), ReadOptions(embodiment="new_embodiment"))
+    name = "action_encoder.fc1.weight"
+    assert np.array_equal(first.weights[name].load(), same.weights[name].load())
+    assert not np.array_equal(same.weights[name].load(), other.weights[name].load())
+    assert [c.name for c in other.io.cameras] == ["front"]
+
+
+def test_relative_joints_are_added_to_the_state(tmp_path: Path) -> None:
+    need("torch")
+    folder = copy_golden(tmp_path, "groot_n17_tiny")
+    two_robots(folder)
+    path = vlac.compile(folder, "gguf-f32", tmp_path / "out", embodiment="new_embodiment", goldens=1).path
+    assert path is not None
+    given = observation(0)
+    given["images"] = {"front": given["images"]["front"]}
+    with vlac.load(path, engine="torch") as policy:
+        chunk = policy.act(**given)
+        steps = [s.step for s in policy.io.action_steps]
+        assert steps == ["take_rows", "take", "clamp", "unnormalise_rows", "add_state"]
+        from vlac.runtime.session import execute, prepare
+
+        ready = prepare(policy.io, policy._tokenizer, policy.artifact.program, **given)
+        assert policy._engine is not None
+        raw = np.clip(execute(policy.artifact.program, policy._engine, ready.env, ready.symbols)[:8, :7], -1, 1)
+    steps_ahead = (np.arange(8) + 1)[:, None]
+    want = (raw[:, :6] + 1) / 2 * 3 * steps_ahead - steps_ahead + given["state"][:6]
+    assert np.abs(chunk[:, :6] - want).max() <= 1e-5
+    low, high = (json.loads((folder / "statistics.json").read_text())["toy_arm"]["action"]["gripper"][k][0]
+                 for k in ("q01", "q99"))  # fmt: skip
+    assert np.abs(chunk[:, 6] - ((raw[:, 6] + 1) / 2 * (high - low) + low)).max() <= 1e-5
+
+
+def test_without_statistics_units_are_normalised(tmp_path: Path) -> None:
+    policy = read_policy(str(FOLDER / "checkpoint"), ReadOptions(no_stats=True))
+    assert policy.io.units == "normalized"
+    assert {s.step for s in policy.io.action_steps} == {"take_rows", "take"}
+
+
+def test_every_camera_is_needed(compiled: Any) -> None:
+    need("torch")
+    given = observation(0)
+    del given["images"]["wrist"]
+    with vlac.load(compiled("gguf-f32"), engine="torch") as policy, pytest.raises(InputError, match="wrist"):
+        policy.act(**given)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gr00t_n1_5", "architectures": ["GR00T_N1_5"]}, "GR00T N1.5"),
+        ({"model_type": "Gr00tN1d6", "architectures": ["Gr00tN1d6"]}, "GR00T N1.6"),
+        ({"model_type": "", "architectures": [], "backbone_cfg": {"eagle_path": "x"}}, "GR00T N1.5"),
+        ({"backbone_model_type": "eagle"}, "backbone_model_type"),
+        ({"use_alternate_vl_dit": False}, "use_alternate_vl_dit"),
+    ],
+)
+def test_other_versions_are_refused_by_name(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = copy_golden(tmp_path, "groot_n17_tiny")
+    edit_config(folder, **change)
+    with pytest.raises(Unsupported, match=message):
+        read_policy(str(folder))
+
+
+def edit_kwargs(folder: Path, **changes: Any) -> None:
+    edit_json(folder / "processor_config.json", lambda t: t["processor_kwargs"].update(changes))
+
+
+BROKEN = (
+    (lambda f: edit_config(f, select_layer=9), "select_layer 9, the checkpoint has 4"),
+    (lambda f: edit_config(f, hidden_size=25), "hidden_size is 25, tensors say 24"),
+    (lambda f: edit_config(f, max_num_embodiments=3), "'toy_arm' has id 3"),
+    (lambda f: edit_config(f, action_horizon=4), "8 steps of 4"),
+    (lambda f: edit_config(f, action_horizon=17), "17 rows of actions, positions for 16"),
+    (lambda f: edit_config(f, model_name="somewhere/else"), "model_name 'somewhere/else'"),
+    (lambda f: edit_config(f, max_state_dim=6), "7 states and 7 actions, the network holds fewer"),
+    (lambda f: edit_kwargs(f, use_albumentations=True), "use_albumentations"),
+    (lambda f: edit_kwargs(f, image_target_size=[48, 64]), "must be squares"),
+    (lambda f: edit_kwargs(f, crop_fraction=2.0), "crop_fraction 2.0"),
+    (lambda f: (f / "statistics.json").unlink(), "statistics.json: missing"),
+    (
+        lambda f: edit_json(f / "statistics.json", lambda t: t["toy_arm"]["state"].pop("arm") and None),
+        "statistics of arm",
+    ),
+    (lambda f: edit_json(f / "statistics.json", lambda t: t.clear()), "0 embodiments"),
+    (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), "model-00002-of-00003"),
+)
+
+
+@pytest.mark.parametrize("n", range(len(BROKEN)))
+def test_broken_checkpoints_are_refused(n: int, tmp_path: Path) -> None:
+    edit, message = BROKEN[n]
+    folder = copy_golden(tmp_path, "groot_n17_tiny")
+    edit(folder)
+    with pytest.raises(VlacError) as error:
+        read_policy(str(folder))
+    assert message in str(error.value)
+
+
+def test_processor_files_may_lie_in_a_folder(tmp_path: Path) -> None:
+    folder = copy_golden(tmp_path, "groot_n17_tiny")
+    (folder / "processor").mkdir()
+    for name in ("processor_config.json", "statistics.json", "embodiment_id.json"):
+        (folder / name).rename(folder / "processor" / name)
+    assert read_policy(str(folder)).io == read_policy(str(FOLDER / "checkpoint")).io
+
+
+def test_a_release_asks_for_its_tokenizer(tmp_path: Path) -> None:
+    folder = copy_golden(tmp_path, "groot_n17_tiny")
+    (folder / "backbone" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="no tokenizer") as error:
+        read_policy(str(folder))
+    assert "--tokenizer" in error.value.remedy
+    assert read_policy(str(folder), ReadOptions(tokenizer=str(tmp_path / "tokenizer.json"))).spec.prompt_start == 3
+    shutil.copy(GOLDEN / "tinyvla_tiny" / "checkpoint" / "tokenizer" / "tokenizer.json", tmp_path / "other.json")
+    with pytest.raises(CheckpointError, match="not Qwen3-VL's"):
+        read_policy(str(folder), ReadOptions(tokenizer=str(tmp_path / "other.json")))
+
+
+# --- parts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "new"), [((61, 83), (48, 48)), ((43, 43), (48, 50)), ((9, 7), (40, 33))])
+def test_resizing_gives_the_bytes_of_torch(size: tuple[int, int], new: tuple[int, int]) -> None:
+    torch = pytest.importorskip("torch")
+    from vlac.runtime.tensor_steps import tensor_resize
+
+    picture = np.random.default_rng(0).integers(0, 256, (3, *size), dtype=np.uint8)
+    want = torch.nn.functional.interpolate(torch.from_numpy(picture)[None], size=new, mode="bicubic", antialias=True)
+    found = tensor_resize(picture.astype(np.float32) / np.float32(255), height=new[0], width=new[1])
+    assert np.array_equal(np.rint(found * 255).astype(np.uint8), want[0].numpy())
+
+
+def test_words_and_squares() -> None:
+    from vlac.readers.gr00t_processor import smart_side
+    from vlac.runtime.prompt import default_text, words_only
+    from vlac.runtime.tensor_steps import to_square
+
+    assert words_only("Close the_door (2x), café!") == "close the_door 2x café"
+    assert words_only(default_text("", default="Perform the task.")) == "perform the task"
+    assert to_square(np.ones((3, 4, 7), np.float32)).sum(axis=(0, 2)).tolist() == [0, 21, 21, 21, 21, 0, 0]
+    assert [smart_side(s, 32, 65536, 1 << 24) for s in (256, 200, 250, 8192)] == [256, 256, 256, 4096]
+
+
+def test_positions_of_pictures_and_words() -> None:
+    from vlac.readers.gr00t_weights import prompt_angles, prompt_positions
+
+    spec = read_policy(str(FOLDER / "checkpoint")).spec
+    found = prompt_positions(spec)
+    assert found[:5].tolist() == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 3], [4, 4, 4]]
+    assert found[12].tolist() == [4, 6, 6]  # last row of the first picture
+    assert found[13].tolist() == [7, 7, 7]
+    angles = prompt_angles(spec, (4, 2, 2))
+    turned = [a for a in range(8) if angles[12, a] != 4 * angles[1, a]]
+    assert turned == [1, 2, 4, 5]
