@@ -172,6 +172,18 @@ def test_kill_in_the_middle_leaves_the_earlier_artifact(tmp_path, moment):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "ready"]
 
 
+def test_bytes_do_not_depend_on_where_and_with_how_many_threads(tmp_path):
+    """From another working folder, a relative path, other threads and another order of hashing."""
+    code = "import sys, vlac; vlac.compile(sys.argv[1], 'onnx-int8', sys.argv[2])"
+    made = []
+    for n, (folder, checkpoint) in enumerate(((tmp_path, GOLDEN), (GOLDEN.parent, Path("checkpoint")))):
+        out = tmp_path / f"made{n}"
+        env = {**os.environ, "OMP_NUM_THREADS": str(1 + 3 * n), "PYTHONHASHSEED": str(n)}
+        subprocess.run([sys.executable, "-c", code, checkpoint, out], cwd=folder, env=env, check=True)
+        made.append(snapshot(out))
+    assert made[0] == made[1]
+
+
 def test_nan_weights_are_refused_by_name(tmp_path):
     import numpy as np
 

@@ -178,6 +178,14 @@ def test_changed_texts_are_found_at_opening(good: Path, tmp_path: Path, old: byt
         open_artifact(damaged(good, tmp_path, old, new))
 
 
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"more"])
+def test_a_file_of_another_length_is_found_at_opening(good: Path, tmp_path: Path, change: Any) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(change(good.read_bytes()))
+    with pytest.raises(ArtifactError, match=r"the file has \d+ bytes|ends at byte"):
+        open_artifact(bad)
+
+
 def test_a_changed_weight_is_found_by_verify(good: Path, tmp_path: Path) -> None:
     file = read_gguf(good)
     data = bytearray(good.read_bytes())

@@ -375,7 +375,16 @@ def test_nan_weights_are_named_when_loaded(folder: Path) -> None:
         read(folder).weights["state_proj.bias"].load()
 
 
+def test_nan_is_refused_in_tensors_that_inference_never_reads(folder: Path) -> None:
+    head = "model.vlm_with_expert.vlm.lm_head.weight"
+    edit_tensors(folder / "model.safetensors", lambda t: t[head].__setitem__((3, 4), np.inf))
+    with pytest.raises(CheckpointError, match=rf"{head}: 1 of \d+ values are NaN or Inf"):
+        read(folder)
+    assert read_policy(str(folder), HEADERS).parameters
+
+
 def test_headers_only_reads_no_weight(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = golden_io()
     loaded: list[str] = []
     load = safetensors_file._load
 
@@ -385,7 +394,7 @@ def test_headers_only_reads_no_weight(folder: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(safetensors_file, "_load", spy)
     policy = read_policy(str(folder), HEADERS)
-    assert policy.io == golden_io() and set(loaded) == {PRE_STATE, POST_STATE}
+    assert policy.io == expected and set(loaded) == {PRE_STATE, POST_STATE}
 
 
 def test_source_names_every_file(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,20 @@ def test_buffers_of_one_robot_need_its_name(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"(?s)so100\.action.*--stats-key so100"):
         read(folder)
     assert read(folder, stats_key="so100").io == golden_io()
+
+
+def _action_under_another_name(tensors: dict[str, Any]) -> None:
+    for name in [n for n in tensors if n.startswith("action.")]:
+        tensors[f"arm.{name}"] = tensors.pop(name)
+
+
+def test_one_feature_under_another_name_gets_a_remedy_that_works(folder: Path) -> None:
+    for file in (PRE_STATE, POST_STATE):
+        edit_tensors(folder / file, _action_under_another_name)
+    with pytest.raises(CheckpointError) as refused:
+        read(folder)
+    given = re.search(r"--stats-key (\S+) if", refused.value.remedy)
+    assert given and read(folder, stats_key=given[1]).io == golden_io()
 
 
 def test_infinite_buffers_are_no_statistics(folder: Path) -> None:

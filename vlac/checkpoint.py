@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ def read_policy(checkpoint: str, options: ReadOptions | None = None) -> Policy:
     path = resolve(checkpoint, options.revision)
     path = foreign_file(path) or policy_folder(path)
     policy = _reader(path).read(path, options)
-    return policy.replace(source=_source(checkpoint, path, options))
+    inside = f"{path}{os.sep}"
+    warnings = tuple(w.replace(inside, "") for w in policy.warnings)  # they go into artifacts
+    return policy.replace(source=_source(checkpoint, path, options), warnings=warnings)
 
 
 def _reader(path: Path) -> Reader:

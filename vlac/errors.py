@@ -11,13 +11,15 @@ class VlacError(Exception):
 
     Args:
         message: what was found and where (file, tensor, key), and what was expected.
-        remedy: what to do about it, one sentence; printed on its own line.
+        remedy: what to do about it, one sentence; printed on its own line. `usual_remedy` of the class without one.
     """
+
+    usual_remedy = ""
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.remedy = remedy
+        self.remedy = remedy or self.usual_remedy
 
     def __str__(self) -> str:
         return f"{self.message}\n  -> {self.remedy}" if self.remedy else self.message
@@ -26,9 +28,13 @@ class VlacError(Exception):
 class CheckpointError(VlacError):
     """A checkpoint on disk is broken, incomplete or contradicts itself."""
 
+    usual_remedy = "correct that file, or copy the checkpoint again; `vlac inspect` shows what it holds"
+
 
 class Unsupported(VlacError):
     """A checkpoint or request that is valid but that vlac does not implement."""
+
+    usual_remedy = "use a checkpoint without it; `vlac list` shows what there is"
 
 
 class Inapplicable(VlacError):
@@ -37,6 +43,8 @@ class Inapplicable(VlacError):
 
 class ArtifactError(VlacError):
     """An artifact is broken, incomplete or was written by another version."""
+
+    usual_remedy = "copy the artifact again, or compile again"
 
 
 class InputError(VlacError):

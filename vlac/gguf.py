@@ -118,6 +118,11 @@ class GgufFile:
     data_start: int
     _map: Bytes = field(repr=False, compare=False)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self._map)
+
     def data(self, name: str) -> Bytes:
         info = self.tensors[name]
         start = self.data_start + info.offset
@@ -395,6 +400,17 @@ def crc32(data: Bytes | bytes) -> str:
     return f"{zlib.crc32(data if isinstance(data, bytes) else np.ascontiguousarray(data).data):08x}"
 
 
+def _check_end(file: GgufFile) -> None:
+    """A file that vlac wrote ends with the padding of its last tensor: nothing is missing, nothing was appended."""
+    end = max((t.offset + t.nbytes for t in file.tensors.values()), default=0)
+    expected = file.data_start + _pad(end, file.alignment)
+    if file.size != expected:
+        raise ArtifactError(
+            f"{file.path}: the file has {file.size} bytes, its tensors make {expected}",
+            remedy="the copy was cut short or something was appended; copy it again or compile again",
+        )
+
+
 def open_gguf_artifact(path: Path) -> Artifact:
     """A GGUF file that vlac wrote, as an Artifact whose tensors are views of the mapped file.
 
@@ -402,6 +418,7 @@ def open_gguf_artifact(path: Path) -> Artifact:
     Tensor bytes are not read: `verify` does that.
     """
     file = read_gguf(path)
+    _check_end(file)
     texts = {key: file.text(key) for key in (PROGRAM, IO_KEY, MANIFEST, TOKENIZER)}
     program_text, io_text, manifest_text = texts[PROGRAM], texts[IO_KEY], texts[MANIFEST]
     if program_text is None or io_text is None or manifest_text is None:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from vlac import __version__
@@ -57,6 +58,12 @@ def refuse_promotion(table: Mapping[str, Any], allow: bool) -> None:
         )
 
 
+def portable_name(policy: Policy) -> str:
+    """A hub id as it is; of a local checkpoint its name alone, since where it lay is no property of the artifact."""
+    local = Path(policy.source.checkpoint).expanduser()
+    return policy.name if local.exists() else policy.source.checkpoint
+
+
 def build(
     policy: Policy,
     target: Target,
@@ -79,7 +86,7 @@ def build(
         "target": target.name,
         "engines": list(target.engines),
         "options": dict(options),
-        "source": asdict(policy.source),
+        "source": {**asdict(policy.source), "checkpoint": portable_name(policy)},
         "history": [asdict(h) for h in policy.history],
         "warnings": list(policy.warnings),
         "ignored_config_keys": list(policy.ignored),

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 from vlac.errors import VlacError
@@ -33,10 +34,11 @@ def check_destination(out: Path) -> None:
         if _our_gguf(out):
             return
         raise VlacError(f"{out} exists and is not an artifact", remedy="give another place to -o")
-    strangers = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and not _ours(out, p))
-    if strangers:
+    strangers = (str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and not _ours(out, p))
+    first = sorted(islice(strangers, 5))  # not the whole tree: it may be a home folder
+    if first:
         raise VlacError(
-            f"{out} exists and holds files that are not of an artifact: {', '.join(strangers[:5])}",
+            f"{out} exists and holds files that are not of an artifact: {', '.join(first)}",
             remedy="give an empty or new folder to -o; nothing was changed",
         )
 

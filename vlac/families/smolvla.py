@@ -277,8 +277,8 @@ def _backbone(checkpoint: LeRobotCheckpoint) -> Backbone:
         return find_backbone(checkpoint.folder, name, checkpoint.options.spec)
     except CheckpointError as error:
         checkpoint.problem(error)
-    q, kv = (_shape(checkpoint.tensors, f"text.layers.0.self_attn.{p}_proj.weight", 2)[0] for p in "qk")
-    width = _shape(checkpoint.tensors, "vision.position_embedding", 2)[1]
+    q, kv = (_shape(checkpoint, f"text.layers.0.self_attn.{p}_proj.weight", 2)[0] for p in "qk")
+    width = _shape(checkpoint, "vision.position_embedding", 2)[1]
     return Backbone(64 if q % 64 == kv % 64 == 0 else math.gcd(q, kv), width // 64 if width % 64 == 0 else 1)
 
 
@@ -297,10 +297,13 @@ def _layers(tensors: Weights, name: str) -> int:
     return max((int(i) for i in found), default=-1) + 1
 
 
-def _shape(tensors: Weights, name: str, rank: int) -> tuple[int, ...]:
-    shape = tensors[lerobot_name(name)].shape
+def _shape(checkpoint: LeRobotCheckpoint, name: str, rank: int) -> tuple[int, ...]:
+    where = f"{checkpoint.folder / 'model.safetensors'}: tensor {lerobot_name(name)}"
+    if lerobot_name(name) not in checkpoint.tensors:
+        raise CheckpointError(f"{where} is missing", remedy="download or copy the checkpoint again")
+    shape = checkpoint.tensors[lerobot_name(name)].shape
     if len(shape) != rank:
-        raise CheckpointError(f"tensor {lerobot_name(name)} has shape {list(shape)}, expected {rank} axes")
+        raise CheckpointError(f"{where} has shape {list(shape)}, expected {rank} axes")
     return shape
 
 
@@ -319,14 +322,14 @@ def _specs(checkpoint: LeRobotCheckpoint, image_size: int) -> tuple[VisionSpec, 
     if lerobot_name(embedding) not in tensors and "model.vlm_with_expert.vlm.lm_head.weight" in tensors:
         head = tensors["model.vlm_with_expert.vlm.lm_head.weight"]  # saved tied: one of the two names is left out
         checkpoint.tensors = tensors = tensors.with_(**{lerobot_name(embedding): head})
-    vocab, width = _shape(tensors, embedding, 2)
-    patch = _shape(tensors, "vision.patch_embedding.weight", 4)
-    positions, vision_width = _shape(tensors, "vision.position_embedding", 2)
-    connector = _shape(tensors, "connector.proj.weight", 2)[1]
+    vocab, width = _shape(checkpoint, embedding, 2)
+    patch = _shape(checkpoint, "vision.patch_embedding.weight", 4)
+    positions, vision_width = _shape(checkpoint, "vision.position_embedding", 2)
+    connector = _shape(checkpoint, "connector.proj.weight", 2)[1]
     factor = math.isqrt(connector // vision_width)
     vision = VisionSpec(
         hidden_size=vision_width,
-        intermediate_size=_shape(tensors, "vision.layers.0.mlp.fc1.weight", 2)[0],
+        intermediate_size=_shape(checkpoint, "vision.layers.0.mlp.fc1.weight", 2)[0],
         num_hidden_layers=_layers(tensors, "model.vlm_with_expert.vlm.model.vision_model.encoder.layers"),
         num_attention_heads=vision_heads,
         image_size=image_size,
@@ -352,16 +355,16 @@ def _specs(checkpoint: LeRobotCheckpoint, image_size: int) -> tuple[VisionSpec, 
     in_file = _layers(tensors, "model.vlm_with_expert.vlm.model.text_model.layers")
     wanted = config.take("num_vlm_layers", 16)
     layers = min(wanted, backbone.layers or wanted) if wanted > 0 else backbone.layers or in_file
-    q, kv = (_shape(tensors, f"text.layers.0.self_attn.{p}_proj.weight", 2)[0] for p in "qk")
+    q, kv = (_shape(checkpoint, f"text.layers.0.self_attn.{p}_proj.weight", 2)[0] for p in "qk")
     heads = 0 if "text.head_dim" in checkpoint.options.spec else backbone.heads
     if d < 1 or d % 2 or q % d or kv % d or (q // d) % (kv // d) or heads not in (0, q // d):
         raise CheckpointError(
-            f"{config.path}: q and k projections of {q} and {kv} rows do not hold {heads or ''} heads of size {d}",
+            f"{config.path}: q and k projections of {q} and {kv} rows do not hold {heads or 'whole'} heads of size {d}",
             remedy="say the right size with --spec text.head_dim=64",
         )
     text = DecoderSpec(
         hidden_size=width,
-        intermediate_size=_shape(tensors, "text.layers.0.mlp.gate_proj.weight", 2)[0],
+        intermediate_size=_shape(checkpoint, "text.layers.0.mlp.gate_proj.weight", 2)[0],
         num_hidden_layers=layers,
         num_attention_heads=q // d,
         num_key_value_heads=kv // d,
@@ -443,7 +446,9 @@ def canonical_weights(checkpoint: LeRobotCheckpoint, spec: SmolVLASpec) -> Weigh
         source = lerobot_name(name)
         used.add(source)
         if source not in tensors:
-            raise CheckpointError(f"{where}: tensor {source} is missing", remedy="the checkpoint is incomplete")
+            raise CheckpointError(
+                f"{where}: tensor {source} is missing", remedy="download or copy the checkpoint again"
+            )
         tensor = tensors[source]
         on_disk = (shape[0], spec.vision.num_channels, *[spec.vision.patch_size] * 2)
         expected = on_disk if name == "vision.patch_embedding.weight" else shape

@@ -21,7 +21,7 @@ from vlac.readers import peft
 from vlac.readers.hub import companion, policy_folder, resolve
 from vlac.readers.lerobot_processors import POST, PRE, TEXT, NormStep, Processors, TextStep, read_processors
 from vlac.readers.lerobot_statistics import Lookup, Statistics
-from vlac.readers.safetensors_file import open_folder, read_json
+from vlac.readers.safetensors_file import FLOATS, open_folder, read_json
 from vlac.readers.tokenizer_file import given_tokenizer, read_tokenizer
 from vlac.registry import Reader, ReadOptions, families, readers
 from vlac.weights import Weights
@@ -375,6 +375,8 @@ def read(folder: Path, options: ReadOptions) -> Policy:
     from_lerobot = families.get(kind).from_lerobot
     assert from_lerobot is not None
     policy: Policy = from_lerobot(checkpoint)
+    if not options.headers_only:
+        _check_unread(checkpoint.tensors, policy.weights)
     if checkpoint.processors.relative and not any(s.step == "add_state" for s in policy.io.action_steps):
         raise Unsupported(f"{folder}: relative actions are not implemented for policies of type {kind!r}")
     unknown = checkpoint.config.leftover()
@@ -386,6 +388,15 @@ def read(folder: Path, options: ReadOptions) -> Policy:
         ignored=checkpoint.config.ignored(),
         warnings=(*policy.warnings, *checkpoint.warnings),
     )
+
+
+def _check_unread(tensors: Weights, read: Weights) -> None:
+    """Loads what inference never reads (an lm_head), so that NaN or Inf there is refused as well: the file is damaged
+    or training diverged, and what is read of it is not to be trusted."""
+    sources = {t.source for t in read.values()}
+    for tensor in tensors.values():
+        if tensor.source not in sources and tensor.dtype.upper() in FLOATS:
+            tensor.load()
 
 
 def detect(path: Path) -> bool:

@@ -193,7 +193,10 @@ class Lookup:
     def _remedy(self, feature: str) -> str:
         near = [n for n in self.statistics.features if n != feature and n.endswith(feature)]
         group = near[0][: -len(feature)].strip("./_") if near else ""
-        choose = f"--stats-key {group}" if group else "--stats-key NAME (or FEATURE=NAME)"
+        choose = "--stats-key NAME (or FEATURE=NAME)"
+        if group:  # a group must cover every feature; where it does not, only this one is renamed
+            whole = all(n.startswith(group) for n in self.statistics.features)
+            choose = f"--stats-key {group}" if whole else f"--stats-key {feature}={near[0]}"
         return (
             f"{choose} if one of these is right, --stats-from CKPT or stats.json, or --no-stats (normalised units only)"
         )
