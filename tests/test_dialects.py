@@ -271,6 +271,13 @@ def set_keys(**text: int) -> Edit:
     return edit
 
 
+def rename(name: str, to: str) -> Edit:
+    def edit(keys: dict[str, Value], tensors: Tensors) -> None:
+        keys[to] = keys.pop(name)
+
+    return edit
+
+
 def drop(name: str) -> Edit:
     def edit(keys: dict[str, Value], tensors: Tensors) -> None:
         keys.pop(name, None)
@@ -298,6 +305,7 @@ WRONG_QVAC: list[tuple[str, Edit, str]] = [
     ("wide", set_key("smolvla.flow.chunk_size", "u64", 6), "is u64, expected u32"),
     ("text", set_key("smolvla.text.num_heads", "string", "2"), "is string, expected u32"),
     ("misspelt", set_key("smolvla.flow.num_steps", "u32", 5), "none that QVAC .* reads"),
+    ("other prefix", rename("smolvla.flow.chunk_size", "smolVLA.flow.chunk_size"), "would silently take 50"),
     ("zero", set_key("smolvla.flow.num_ode_steps", "u32", 0), "is 0, expected 1 to 1024"),
     ("layers", set_key("smolvla.expert.num_layers", "u32", 1), "2 text layers and 1 expert layers"),
     ("heads", set_key("smolvla.vision.num_heads", "u32", 5), "does not divide by 5 heads"),

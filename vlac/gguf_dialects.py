@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Union
@@ -248,6 +249,7 @@ def examine(file: GgufFile, layout: Layout) -> Findings:
 
 def _read_keys(file: GgufFile, layout: Layout) -> tuple[dict[str, Dim], list[str], list[str]]:
     dims: dict[str, Dim] = {**layout.fixed, **layout.at_most}
+    strangers = [k for k in file.metadata if k not in {key.name for key in layout.keys}]
     problems: list[str] = []
     warnings: list[str] = []
     for key in layout.keys:
@@ -257,6 +259,13 @@ def _read_keys(file: GgufFile, layout: Layout) -> tuple[dict[str, Dim], list[str
                 problems.append(f"key {key.name} is missing ({key.kind})")
             elif key.default is not None and key.field and key.read:
                 dims[key.field] = key.default
+                near = get_close_matches(key.name, strangers, n=1, cutoff=0.85)
+                if near:
+                    problems.append(
+                        f"key {near[0]} is not {key.name}: {layout.engine} would silently take {key.default}"
+                    )
+                else:
+                    warnings.append(f"no key {key.name}: {layout.engine} takes {key.default}")
             continue
         wrong = _wrong_value(key, found, layout)
         if wrong:
