@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,7 @@ BROKEN = (
     (lambda f: edit_config(f, action_horizon=17), "17 rows of actions, positions for 16"),
     (lambda f: edit_config(f, model_name="somewhere/else"), "model_name 'somewhere/else'"),
     (lambda f: edit_config(f, max_state_dim=6), "7 states and 7 actions, the network holds fewer"),
-    (lambda f: edit_kwargs(f, use_albumentations=True), "use_albumentations"),
+    (lambda f: edit_kwargs(f, use_albumentations="yes"), "use_albumentations"),
     (lambda f: edit_kwargs(f, image_target_size=[48, 64]), "must be squares"),
     (lambda f: edit_kwargs(f, crop_fraction=2.0), "crop_fraction 2.0"),
     (lambda f: (f / "statistics.json").unlink(), "statistics.json: missing"),
@@ -305,6 +306,42 @@ def test_resizing_gives_the_bytes_of_torch(size: tuple[int, int], new: tuple[int
     want = torch.nn.functional.interpolate(torch.from_numpy(picture)[None], size=new, mode="bicubic", antialias=True)
     found = tensor_resize(picture.astype(np.float32) / np.float32(255), height=new[0], width=new[1])
     assert np.array_equal(np.rint(found * 255).astype(np.uint8), want[0].numpy())
+
+
+@pytest.mark.parametrize(
+    ("size", "new", "told"),
+    [
+        (61, 48, 3466301282),
+        (96, 48, 1778663797),
+        (144, 48, 996110164),
+        (45, 48, 2676381607),
+        (30, 75, 3059118642),
+    ],
+)
+def test_area_resizing_gives_the_bytes_of_opencv(size: int, new: int, told: int) -> None:
+    """told: zlib.crc32 of cv2.resize(picture, (new, new), interpolation=cv2.INTER_AREA), OpenCV 5.0."""
+    from vlac.runtime.area_steps import area_resize
+
+    numbers = np.arange(size * size * 3, dtype=np.uint64) * np.uint64(2654435761)
+    picture = ((numbers >> np.uint64(7)) % np.uint64(256)).astype(np.uint8).reshape(size, size, 3)
+    found = area_resize(picture.transpose(2, 0, 1).astype(np.float32) / np.float32(255), shorter=new)
+    data = np.ascontiguousarray(np.rint(found * 255).astype(np.uint8).transpose(1, 2, 0)).tobytes()
+    assert zlib.crc32(data) == told
+    with pytest.raises(InputError, match="squares only"):
+        area_resize(np.zeros((3, 4, 5), np.float32), shorter=4)
+
+
+def test_a_release_resizes_as_opencv_does(tmp_path: Path) -> None:
+    need("torch")
+    folder = copy_golden(tmp_path, "groot_n17_tiny")
+    edit_kwargs(folder, use_albumentations=True, crop_fraction=0.95, shortest_image_edge=48, letter_box_transform=True)
+    path = vlac.compile(folder, "gguf-f32", tmp_path / "out", goldens=1).path
+    assert path is not None
+    with vlac.load(path, engine="torch") as policy:
+        steps = [s.step for s in policy.io.image_steps]
+        assert steps == ["to_square", "area_resize", "window", "area_resize", "stack_normalised"]
+        assert policy.io.image_steps[2].params == {"top": 1, "left": 1, "height": 45, "width": 45}
+        assert policy.act(**observation(0)).shape == (8, 7)
 
 
 def test_words_and_squares() -> None:

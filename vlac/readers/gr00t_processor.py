@@ -196,29 +196,38 @@ def _edge(config: Config, key: str, default: int) -> int:
 def image_steps(
     processor: Config, config: Config, unit: int, limits: tuple[int, int], normal: tuple[list[float], list[float]]
 ) -> tuple[tuple[Step, ...], int]:
-    """(steps, side of the square picture that the tower sees): resize, crop the middle, resize, as torchvision does.
+    """(steps, side of the square picture that the tower sees): resize, crop the middle, resize.
 
-    unit: pixels of a merged patch.
+    As torchvision does it, or with use_albumentations as OpenCV does. unit: pixels of a merged patch.
     """
-    processor.refuse("use_albumentations", False, None, why="OpenCV's area resize is not implemented")
     target = _edge(processor, "image_target_size", 256)
-    cropped = _edge(processor, "image_crop_size", 230)
+    # a file that states a target and no crop means none
+    cropped = _edge(processor, "image_crop_size", 230 if processor.raw("image_target_size") is None else target)
     edge, fraction = processor.raw("shortest_image_edge") or target, processor.raw("crop_fraction")
     fraction = cropped / target if fraction is None else fraction
     if type(edge) is not int or not 0 < edge <= 8192 or type(fraction) not in (int, float) or not 0 < fraction <= 1:
         raise CheckpointError(f"{processor.path}: shortest_image_edge {edge!r}, crop_fraction {fraction!r}")
-    size = round(edge * fraction)
-    start = (edge - size) // 2
-    steps = [Step("to_square")] if processor.raw("letter_box_transform") or processor.raw("letter_box") else []
-    steps.append(Step("tensor_resize", {"height": edge, "width": edge}))
+    area = processor.take("use_albumentations", False)
+    size = max(1, int(edge * fraction) if area else round(edge * fraction))
+    start, last = (edge - size) // 2, edge if area else target
+
+    def resized(side: int) -> Step:
+        return Step("area_resize", {"shorter": side}) if area else _tensor_resize(side)
+
+    steps = [Step("to_square")] if processor.take("letter_box_transform", False) else []
+    steps.append(resized(edge))
     if size != edge:
         steps.append(Step("window", {"top": start, "left": start, "height": size, "width": size}))
-    final = smart_side(target, unit, *limits)
-    for side in dict.fromkeys((target, final)):
-        if side != size:
-            steps.append(Step("tensor_resize", {"height": side, "width": side}))
-        size = side
+    if size != last:
+        steps.append(resized(last))
+    final = smart_side(last, unit, *limits)
+    if final != last:
+        steps.append(_tensor_resize(final))
     return (*steps, Step("stack_normalised", {"mean": [normal[0]], "std": [normal[1]]})), final
+
+
+def _tensor_resize(side: int) -> Step:
+    return Step("tensor_resize", {"height": side, "width": side})
 
 
 def smart_side(side: int, unit: int, least: int, most: int) -> int:
@@ -288,8 +297,9 @@ def make_io(
     taken = (Step("take_rows", {"count": robot.rows}), Step("take", {"size": action_dim}))
     tokenise = {"max_length": spec.max_tokens, "padding": "longest", "truncation": False, "add_special_tokens": False}
     known = not options.no_stats
+    width = 480 if pictures[0].step == "area_resize" else 640
     return IO(
-        cameras=tuple(Camera(f"observation.images.{n}", (3, 480, 640)) for n in robot.cameras),
+        cameras=tuple(Camera(f"observation.images.{n}", (3, 480, width)) for n in robot.cameras),
         image_steps=pictures,
         state_key="observation.state",
         state_dim=state_dim,

@@ -100,11 +100,7 @@ def _vision(source: _Source, spec: QwenVisionSpec) -> Pairs:
         for part in ("weight", "bias"):
             joined = source[f"{block}.attn.qkv.{part}"]
             for j, name in enumerate("qkv"):
-                rows = slice(j * d, (j + 1) * d)
-                yield (
-                    f"{layer}.self_attn.{name}_proj.{part}",
-                    joined.map(lambda w, r=rows: w[r], (d, *joined.shape[1:])),
-                )  # type: ignore[misc]
+                yield f"{layer}.self_attn.{name}_proj.{part}", _third(joined, j, d)
         yield from source.linear(f"{block}.attn.proj", f"{layer}.self_attn.out_proj")
     mergers = {"visual.merger": "connector"}
     mergers |= {f"visual.deepstack_merger_list.{j}": f"connector.deepstack.{j}" for j in range(len(spec.deepstack))}
@@ -112,6 +108,10 @@ def _vision(source: _Source, spec: QwenVisionSpec) -> Pairs:
         yield from source.linear(f"{theirs}.norm", f"{ours}.norm")
         for n in (1, 2):
             yield from source.linear(f"{theirs}.linear_fc{n}", f"{ours}.fc{n}")
+
+
+def _third(tensor: LazyTensor, j: int, rows: int) -> LazyTensor:
+    return tensor.map(lambda w: w[j * rows : (j + 1) * rows], (rows, *tensor.shape[1:]))
 
 
 def merge_order(spec: QwenVisionSpec) -> tuple[Array, Array]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from vlac.errors import ArtifactError, InputError
 from vlac.io import Step
+from vlac.runtime.area_steps import area_resize
 from vlac.runtime.pillow_steps import centre_crop, pillow_fit, pillow_resize, square, stack_normalised, top_left
 from vlac.runtime.tensor_steps import tensor_resize, to_square, window
 
@@ -169,6 +170,7 @@ IMAGE_STEPS: dict[str, StepFunction] = {
     "tensor_resize": tensor_resize,
     "window": window,
     "to_square": to_square,
+    "area_resize": area_resize,
 }
 STATE_STEPS: dict[str, StepFunction] = {"normalise": normalise, "clamp": clamp, "pad": pad, "silence": silence}
 
