@@ -307,7 +307,8 @@ def _metadata(
 
 def _with_manifest(kv: Mapping[str, Value], manifest: Mapping[str, Any]) -> dict[str, Value]:
     text = json.dumps(manifest, sort_keys=True, indent=1)
-    return {**kv, MANIFEST: Value("string", text), MANIFEST_CRC: Value("u32", zlib.crc32(text.encode()))}
+    own = {MANIFEST: Value("string", text), MANIFEST_CRC: Value("u32", zlib.crc32(text.encode()))}
+    return {**own, **kv}  # first: a tokenizer may be 30 MB, and whoever looks for the manifest reads only so far
 
 
 def emit(
