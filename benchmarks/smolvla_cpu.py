@@ -67,20 +67,22 @@ CONTENDERS = (
 def serve(artifact: str, engine: str, threads: int, options: Mapping[str, Any]) -> None:
     """Ours: the protocol of scripts/peers/lerobot_worker.py, timing all of `act`."""
     import vlac
+    from vlac.runtime.observation import STATE_STEPS, apply_steps
 
     began = time.perf_counter()
     policy = vlac.load(artifact, engine=engine, threads=threads, options=options)
     print(json.dumps({"load_s": time.perf_counter() - began}), flush=True)
+    normalise = [s for s in policy.io.state_steps if s.step == "normalise"]
     for line in sys.stdin:
         request = json.loads(line)
         with np.load(request["npz"]) as arrays:
             images = {k.removeprefix("image/"): arrays[k] for k in arrays.files if k.startswith("image/")}
-            given = {"images": images, "state": arrays["state"], "noise": arrays["noise"], "task": str(arrays["task"])}
-        raw = policy.io.state_dim
+            state = apply_steps(STATE_STEPS, normalise, arrays["state"])
+            given = {"images": images, "state": state, "noise": arrays["noise"], "task": str(arrays["task"])}
         wall, cpu = time.perf_counter(), time.process_time()
-        chunk = policy.act(**given, reuse=request["reuse"])
+        chunk = policy.act(**given, units="normalized")
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        reply = {"wall_s": wall, "cpu_s": cpu, "peak_mb": resident_mb("VmHWM"), "state_dim": raw}
+        reply = {"wall_s": wall, "cpu_s": cpu, "peak_mb": resident_mb("VmHWM")}
         reply["stages_ms"] = {k: round(v, 1) for k, v in policy.stats.items() if k.endswith("_ms")}
         reply["reused"] = policy.stats["reused"]
         np.save(request["out"], chunk)
@@ -117,10 +119,10 @@ class Worker:
                 return reply
         raise SystemExit(f"{self.contender.name} ended with {self._process.wait()}")
 
-    def ask(self, npz: Path, out: Path, case: str = "", reuse: bool = True) -> Array:
+    def ask(self, npz: Path, out: Path, case: str = "") -> Array:
         """The chunk; the times go to `replies[case]`."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"npz": str(npz), "out": str(out), "reuse": reuse}) + "\n")
+        self._process.stdin.write(json.dumps({"npz": str(npz), "out": str(out)}) + "\n")
         self._process.stdin.flush()
         reply = self._read()
         if case:
@@ -190,7 +192,7 @@ def drift(chunk: Array, reference: Array) -> tuple[float, float]:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b)), float(np.abs(a - b).max())
 
 
-def row(worker: Worker, base: Worker, threads: int) -> dict[str, Any]:
+def row(worker: Worker, base: Worker) -> dict[str, Any]:
     def median(of: Worker, case: str, key: str) -> float:
         return float(np.median([r[key] for r in of.replies[case]]))
 
@@ -250,7 +252,7 @@ def main() -> None:
                 child("--compile", str(checkpoint.resolve()), target, str(work / target))
         workers = [Worker(c, checkpoint.resolve(), work / c.target if c.target else None, args.threads) for c in chosen]
         loads = run(workers, args.rounds, described(work, chosen), Path(temporary))
-        rows = [row(w, workers[0], args.threads) for w in workers]
+        rows = [row(w, workers[0]) for w in workers]
         for w in workers:
             w.close()
     report = {
