@@ -228,6 +228,8 @@ def test_every_camera_is_needed(compiled: Any) -> None:
         ({"model_type": "gr00t_n1_5", "architectures": ["GR00T_N1_5"]}, "GR00T N1.5"),
         ({"model_type": "Gr00tN1d6", "architectures": ["Gr00tN1d6"]}, "GR00T N1.6"),
         ({"model_type": "", "architectures": [], "backbone_cfg": {"eagle_path": "x"}}, "GR00T N1.5"),
+        ({"type": "groot", "model_type": None, "architectures": None}, "as LeRobot saves it"),
+        ({"type": "groot", "model_type": "", "architectures": [], "tokenizer_assets_repo": "x"}, "GR00T N1.5"),
         ({"backbone_model_type": "eagle"}, "backbone_model_type"),
         ({"use_alternate_vl_dit": False}, "use_alternate_vl_dit"),
     ],

@@ -71,7 +71,10 @@ def version(table: Mapping[str, Any]) -> str:
         return "N1.7"
     found = [OTHERS[n] for n in names if n in OTHERS]
     backbone = table.get("backbone_cfg")
-    return found[0] if found else "N1.5" if isinstance(backbone, dict) and "eagle_path" in backbone else ""
+    older = isinstance(backbone, dict) and "eagle_path" in backbone
+    # LeRobot's folders of that time name a tokenizer
+    older = older or (table.get("type") == "groot" and "tokenizer_assets_repo" in table)
+    return found[0] if found else "N1.5" if older else ""
 
 
 # --- dimensions ------------------------------------------------------------------------------------------------
@@ -298,6 +301,12 @@ def read(folder: Path, options: ReadOptions) -> Policy:
     """The Policy of a folder. Raises CheckpointError and Unsupported as in vlac.errors."""
     table = read_json(folder / "config.json")
     found = version(table)
+    if table.get("type") == "groot" and found != "N1.5":
+        raise Unsupported(
+            f"{folder}: a GR00T policy as LeRobot saves it; only NVIDIA's own layout is read (config.json with "
+            "model_type, processor_config.json, statistics.json)",
+            remedy="compile the folder that was trained from, or export to NVIDIA's layout",
+        )
     if found != "N1.7":
         raise Unsupported(
             f"{folder}: GR00T {found}: its VLM is an Eagle, only N1.7 (Qwen3-VL) is implemented",
@@ -337,10 +346,10 @@ def read(folder: Path, options: ReadOptions) -> Policy:
 
 
 def detect(path: Path) -> bool:
-    """A folder whose config.json is a GR00T's of any version, in NVIDIA's layout."""
+    """A folder whose config.json is a GR00T's of any version; those that LeRobot saved are only told what they are."""
     config = path / "config.json"
     table = read_json(config) if config.is_file() else None
-    return isinstance(table, dict) and "type" not in table and version(table) != ""
+    return isinstance(table, dict) and (table.get("type") == "groot" or ("type" not in table and version(table) != ""))
 
 
 READER = readers.add(Reader("gr00t", detect, read, doc="GR00T N1.7 as NVIDIA publishes it"))

@@ -55,6 +55,13 @@ class Embodiment:
     state: tuple[Group, ...]
     action: tuple[Group, ...]
     rows: int
+    percentiles: bool = True
+
+    def ranges(self, low: list[float], high: list[float]) -> dict[str, Any]:
+        """Parameters of a normalise or unnormalise step."""
+        if self.percentiles:
+            return {"mode": "QUANTILES", "q01": low, "q99": high}
+        return {"mode": "MIN_MAX", "min": low, "max": high}
 
 
 # --- files -----------------------------------------------------------------------------------------------------
@@ -117,6 +124,7 @@ def read_embodiment(folder: Path, config: Config, options: ReadOptions) -> Embod
         tuple(_group(where, n, plain.get(n), kind) for n in _names(path, state)),
         tuple(_actions(where, action, stats, kind, processor.raw("use_relative_action", False), rows)),
         rows,
+        kind[0] == "q01",
     )
 
 
@@ -250,7 +258,7 @@ def _bounds(groups: Sequence[Group]) -> tuple[list[float], list[float]]:
 def state_steps(robot: Embodiment, size: int, known: bool) -> tuple[Step, ...]:
     """To [-1, 1]; a joint whose range is empty is silent."""
     low, high = _bounds(robot.state)
-    steps = [Step("normalise", {"mode": "MIN_MAX", "min": low, "max": high})] if known else []
+    steps = [Step("normalise", robot.ranges(low, high))] if known else []
     if empty := [i for i, (a, b) in enumerate(zip(low, high, strict=True)) if a == b]:
         steps.append(Step("silence", {"columns": empty}))
     if robot.processor.take("clip_outliers", True):
@@ -263,7 +271,7 @@ def action_steps(robot: Embodiment) -> tuple[Step, ...]:
     clip, relative = Step("clamp", {"low": -1.0, "high": 1.0}), [g for g in robot.action if g.state]
     if not relative:
         low, high = _bounds(robot.action)
-        return clip, Step("unnormalise", {"mode": "MIN_MAX", "min": low, "max": high})
+        return clip, Step("unnormalise", robot.ranges(low, high))
     lows, highs = (
         np.concatenate([np.broadcast_to(getattr(g, end), (robot.rows, g.size)) for g in robot.action], axis=1).tolist()
         for end in ("low", "high")
