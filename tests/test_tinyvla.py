@@ -142,7 +142,7 @@ def test_heads_come_from_the_config_or_from_the_command_line(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="4 language heads for width 50") as error:
         read_policy(str(folder))
     assert "--spec language.num_attention_heads" in error.value.remedy
-    assert read_policy(str(folder), ReadOptions(spec={"language.num_attention_heads": "5"})).spec == want
+    assert read_policy(str(folder), ReadOptions(spec={"language.heads": "5"})).spec == want
 
 
 def test_a_file_that_holds_code_is_refused(tmp_path: Path) -> None:
@@ -179,6 +179,19 @@ BROKEN = (
 def test_broken_files_are_refused(n: int, tmp_path: Path) -> None:
     edit, message = BROKEN[n]
     assert message.lower() in str(edited(tmp_path, edit)).lower()
+
+
+def test_the_second_layout_has_no_text_decoder(tmp_path: Path) -> None:
+    import torch
+
+    folder = copy_golden(tmp_path, "tinyvla_tiny")
+    table = torch.load(folder / "best_model.pt", weights_only=True)
+    kept = {n: t for n, t in table["model_state_dict"].items() if not n.startswith("text_decoder.")}
+    torch.save({"model_state_dict": kept}, folder / "best_model.pt")
+    edit_json(folder / "config.json", lambda t: t["model"].pop("use_text_decoder") and None)
+    second, third = read_policy(str(folder)), read_policy(str(GOLDEN / "tinyvla_tiny" / "checkpoint"))
+    assert second.spec == third.spec
+    assert all(np.array_equal(second.weights[n].load(), third.weights[n].load()) for n in third.weights)
 
 
 def test_contradictions_and_namesakes_are_refused(tmp_path: Path) -> None:
