@@ -124,7 +124,11 @@ SHORT = {
 def full_name(dotted: str) -> str:
     """ "vision.heads" -> "vision.num_attention_heads"; other names as they are."""
     part, _, last = dotted.rpartition(".")
-    return f"{part}.{SHORT[last]}" if part in ("vision", "text", "expert", "language", "mixer", "dit") and last in SHORT else dotted
+    return (
+        f"{part}.{SHORT[last]}"
+        if part in ("vision", "text", "expert", "language", "mixer", "dit") and last in SHORT
+        else dotted
+    )
 
 
 def override(spec: T, changes: Mapping[str, Any]) -> T:
