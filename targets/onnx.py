@@ -37,12 +37,12 @@ def lower(program: Program, options: Mapping[str, Any]) -> Program:
     """Static shapes, and linears padded to the blocks of their format."""
     from vlac.lower import pad_to_blocks
 
+    _need_onnx()  # here, before the reference spends a minute on golden answers
     return pad_to_blocks(program.bind(program.max_symbols()))
 
 
 def emit(program: Program, sidecars: Sidecars, folder: Path, options: Mapping[str, Any], progress: Progress) -> None:
     """Writes the folder; peak memory is a few copies of the largest tensor."""
-    _need_onnx()
     store = TensorStore(folder, program, progress)
     bounds = ranges(program)
     if options.get("single_file"):

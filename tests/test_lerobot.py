@@ -112,6 +112,39 @@ CASES = [
         max_period=2.0,
     ),
     case("one_action_one_step", chunk_size=1, n_action_steps=1, num_steps=1, shape={"action_dim": 1}),
+    case(
+        "four_cameras_every_fourth_layer",
+        text={"num_hidden_layers": 9, "hidden_size": 36, "intermediate_size": 50, "num_attention_heads": 6}
+        | {"num_key_value_heads": 3, "head_dim": 6},
+        cameras={"a": (48, 48), "b": (1080, 1920), "c": (17, 300), "d": (300, 17)},
+        expert_width_multiplier=0.5,
+        self_attn_every_n_layers=4,
+        chunk_size=100,
+        n_action_steps=50,
+        tokenizer_max_length=128,
+        pad_language_to="longest",
+    ),
+    case(
+        "one_layer_head_dim_64",
+        text={"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+        | {"head_dim": 64},
+        cameras={"front": (17, 300)},
+        chunk_size=1,
+        n_action_steps=1,
+        tokenizer_max_length=5,
+        tasks=("", "nimm den W\u00fcrfel"),
+    ),
+    case(
+        "nothing_to_pad",
+        text={"hidden_size": 60, "intermediate_size": 77, "num_hidden_layers": 3, "num_attention_heads": 5}
+        | {"num_key_value_heads": 5, "head_dim": 14},
+        normalisation={"STATE": "MIN_MAX", "ACTION": "QUANTILES"},
+        shape={"state_dim": 7, "action_dim": 7},
+        expert_width_multiplier=0.5,
+        self_attn_every_n_layers=3,
+        max_state_dim=7,
+        max_action_dim=7,
+    ),
 ]
 
 WRITTEN = case("written_by_vlac", seed=8)
