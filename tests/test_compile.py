@@ -196,3 +196,22 @@ def test_nan_weights_are_refused_by_name(tmp_path):
     with pytest.raises(VlacError, match="NaN"):
         vlac.compile(broken, "gguf-q8", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_plug_in_is_named(tmp_path):
+    info = tmp_path / "broken_arm-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-arm\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[vlac.targets]\narm = broken_arm\n")
+    (tmp_path / "broken_arm.py").write_text("raise RuntimeError('no such board')\n")
+    code = (
+        "import vlac.registry as r\n"
+        "from vlac.errors import VlacError\n"
+        "for _ in range(2):\n"
+        "    try: r.targets.all()\n"
+        "    except VlacError as e: print(e)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+    )
+    assert done.stdout.count("broken-arm) cannot be loaded: RuntimeError: no such board") == 2, done.stderr

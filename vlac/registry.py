@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from vlac.errors import Unsupported
+from vlac.errors import Unsupported, VlacError
 from vlac.spec import full_name
 
 if TYPE_CHECKING:
@@ -151,12 +151,16 @@ class Registry(Generic[E]):
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True
-        package = importlib.import_module(self.package)
-        for info in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self.package}.{info.name}")
-        for point in metadata.entry_points(group=self.package):
-            point.load()
+        self._loaded = True  # before the imports: what they define may look something up
+        try:
+            package = importlib.import_module(self.package)
+            for info in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self.package}.{info.name}")
+            for point in metadata.entry_points(group=self.package):
+                _load_point(point)
+        except BaseException:
+            self._loaded = False  # the next look-up says the same instead of finding half a table
+            raise
 
     def get(self, name: str) -> E:
         """The entry; Unsupported names what there is."""
@@ -168,6 +172,17 @@ class Registry(Generic[E]):
     def all(self) -> list[E]:
         self._load()
         return [self._entries[k] for k in sorted(self._entries)]
+
+
+def _load_point(point: metadata.EntryPoint) -> None:
+    try:
+        point.load()
+    except Exception as error:
+        owner = point.dist.name if point.dist else "an unknown package"
+        raise VlacError(
+            f"plug-in {point.name} ({point.value}, from {owner}) cannot be loaded: {type(error).__name__}: {error}",
+            remedy=f"repair or uninstall {owner}",
+        ) from error
 
 
 families: Registry[Family] = Registry("family", "vlac.families")
