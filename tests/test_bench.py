@@ -166,6 +166,12 @@ def test_a_measurement_keeps_load_first_and_steady_state_apart(report: dict[str,
     assert report["rate"]["control_hz"] == pytest.approx(report["rate"]["chunk_hz"] * report["rate"]["n_action_steps"])
 
 
+def test_chunks_with_something_to_reuse_are_rows_of_their_own(report: dict[str, Any]) -> None:
+    assert list(report["reuse"]) == ["one_camera_new", "state_new"]
+    assert all(row["p50"] > 0 for row in report["reuse"].values())
+    assert "one camera new" in bench_text(report, "md") and "only the state new" in bench_text(report, "md")
+
+
 def test_a_measurement_names_what_was_measured(report: dict[str, Any], artifact: Path) -> None:
     (file,) = artifact.glob("*.gguf")
     assert report["artifact"]["bytes"] == file.stat().st_size

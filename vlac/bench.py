@@ -183,6 +183,7 @@ def _report(
         "runs": len(runs),
         "load": {k: raw[k] for k in ("import_ms", "load_ms", "first_ms", "to_first_chunk_ms")} | {"page_cache": cache},
         "stages": stages,
+        "reuse": {name: summarise(times) for name, times in raw["reuse"].items()},
         "rate": {
             "chunk_hz": 1000 / stages["chunk"]["p50"],
             "n_action_steps": steps,

@@ -185,6 +185,16 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue().rstrip("\n")
 
 
+_REUSE = {"one_camera_new": "one camera new", "state_new": "only the state new"}
+
+
+def _reuse_line(r: Report) -> list[str]:
+    """Chunks for which the runtime could reuse what it knew, beside one of which everything is new."""
+    cold = r["stages"]["chunk"]["p50"]
+    rows = [f"{_REUSE[k]} {number(s['p50'], 4)} ms ({s['p50'] / cold:.2f})" for k, s in r.get("reuse", {}).items()]
+    return [f"chunk at p50: everything new {number(cold, 4)} ms, " + ", ".join(rows)] if rows else []
+
+
 def bench_markdown(r: Report) -> str:
     """A block to paste: machine, table per phase, rates, memory, board, verdict."""
     a, m = r["artifact"], r["machine"]
@@ -207,6 +217,7 @@ def bench_markdown(r: Report) -> str:
         f"cold load {number(load['load_ms'])} ms ({load['page_cache']}), imports {number(load['import_ms'])} ms, "
         f"first inference {number(load['first_ms'])} ms, "
         f"process start to first chunk {number(load['to_first_chunk_ms'])} ms",
+        *_reuse_line(r),
         f"chunks {number(r['rate']['chunk_hz'])} Hz at p50; {r['rate']['n_action_steps']} actions each sustain "
         f"{number(r['rate']['control_hz'])} Hz control ({number(r['rate']['control_hz_p99'])} Hz at p99)",
         f"peak RSS {size(r['memory']['peak_rss_bytes'])} (before load {size(r['memory']['before_load_bytes'])}), "
