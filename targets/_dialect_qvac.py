@@ -124,6 +124,11 @@ SMOLVLA = Layout(
             "{text_num_hidden_layers} text layers and {expert_num_hidden_layers} expert layers; they must be as many",
             lambda d: d["text.num_hidden_layers"] == d["expert.num_hidden_layers"],
         ),
+        Check(
+            "no expert layer is a cross layer ({expert_num_hidden_layers} layers, every {self_attn_every_n_layers}. a "
+            "self layer); the engine's process ends without one",
+            lambda d: int(d["self_attn_every_n_layers"]) >= 2 and int(d["expert.num_hidden_layers"]) >= 2,
+        ),
         Check("the expert's width {expert_hidden_size} is odd", lambda d: int(d["expert.hidden_size"]) % 2 == 0),
         Check(
             "text keys of {text_num_key_value_heads} x {text_head_dim} and expert keys of {expert_num_key_value_heads} "
