@@ -403,7 +403,7 @@ def crc32(data: Bytes | bytes) -> str:
 def _check_end(file: GgufFile) -> None:
     """A file that vlac wrote ends with the padding of its last tensor: nothing is missing, nothing was appended."""
     end = max((t.offset + t.nbytes for t in file.tensors.values()), default=0)
-    expected = file.data_start + _pad(end, file.alignment)
+    expected = _pad(file.data_start, file.alignment) + _pad(end, file.alignment)  # a file may hold no tensor
     if file.size != expected:
         raise ArtifactError(
             f"{file.path}: the file has {file.size} bytes, its tensors make {expected}",
