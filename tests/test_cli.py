@@ -312,6 +312,18 @@ def test_run_acts_and_writes_the_chunk(vlac: Any, artifact: Path, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["chunk.npy", "top.png", "wrist.png"]
 
 
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_pictures_with_more_than_8_bits_are_refused(tmp_path: Path, mode: str) -> None:
+    """Pillow's convert cuts them off at 255: a white picture, silently."""
+    from PIL import Image
+
+    from vlac.act_once import read_image
+
+    Image.new(mode, (4, 4)).save(tmp_path / "deep.tiff")
+    with pytest.raises(InputError, match=f"mode {mode}"):
+        read_image(tmp_path / "deep.tiff")
+
+
 def test_run_names_what_is_wrong_with_the_observation(vlac: Any, artifact: Path) -> None:
     code, _, err = vlac("run", artifact, "--engine", "torch", "--state", "0,0", "--task", "pick")
     assert code == 2 and "camera" in err

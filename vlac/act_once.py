@@ -62,11 +62,18 @@ def read_image(path: Path) -> NpArray:
 
     try:
         with Image.open(path) as picture:
+            if picture.mode in ("I", "F") or picture.mode.startswith("I;"):  # Pillow would cut them off at 255
+                raise InputError(
+                    f"--image: {path} has mode {picture.mode}, more than 8 bits a channel",
+                    remedy="convert it to 8-bit RGB as the camera of the training data gave it",
+                )
             return np.asarray(picture.convert("RGB"), dtype=np.uint8)
     except FileNotFoundError:
-        raise InputError(f"--image: {path} does not exist") from None
+        raise InputError(f"--image: {path} does not exist", remedy="check the path behind CAMERA=") from None
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"--image: {path} is not a picture that can be read: {error}") from None
+        raise InputError(
+            f"--image: {path} is not a picture that can be read: {error}", remedy="give a PNG or JPEG"
+        ) from None
 
 
 def parse_state(text: str | None) -> NpArray | None:
@@ -76,7 +83,9 @@ def parse_state(text: str | None) -> NpArray | None:
     try:
         return np.array([float(v) for v in text.split(",")], dtype=np.float32)
     except ValueError:
-        raise InputError(f"--state {text!r}: numbers separated by commas are expected") from None
+        raise InputError(
+            f"--state {text!r}: numbers separated by commas are expected", remedy="write --state 0,0.5,-1"
+        ) from None
 
 
 def save(path: Path, array: NpArray) -> None:

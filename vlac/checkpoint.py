@@ -41,7 +41,10 @@ def _reader(path: Path) -> Reader:
     if path.is_file():
         raise Unsupported(f"{path}: a file that no reader knows (readers: {known})", remedy="give a checkpoint folder")
     if not (path / "config.json").exists():
-        raise VlacError(f"{path}: no config.json, so this is not a policy checkpoint (readers: {known})")
+        raise VlacError(
+            f"{path}: no config.json, so this is not a policy checkpoint (readers: {known})",
+            remedy="give the folder that save_pretrained wrote, with config.json and safetensors in it",
+        )
     raise Unsupported(f"{path}: config.json names no policy type that a reader knows (readers: {known})")
 
 

@@ -90,6 +90,8 @@ def partial(out: Path, need_bytes: int) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100  (resolve() would follow links)
     try:
+        if above := next((p for p in out.parents if p.exists() and not p.is_dir()), None):
+            raise VlacError(f"{out}: {above} is not a folder", remedy="give another place to -o")
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out.parent, out.name)
         free = shutil.disk_usage(out.parent).free
