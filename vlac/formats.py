@@ -208,6 +208,7 @@ def int4_codes(x: F32) -> tuple[F32, F32] | None:
         with np.errstate(over="ignore"):
             d = (peak[left] / np.float32(code)).astype(np.float16).astype(np.float32)
         usable = np.isfinite(d) & (np.abs(d) > _TINY)
+        d = np.where(usable, d, np.float32(1))
         q = np.rint(np.divide(x[left], d, out=np.zeros_like(x[left]), where=usable))
         fits = (np.abs(x[left] - q * d) <= 1e-3 * np.abs(d)).all(axis=1) & usable[:, 0] & (q <= 7).all(axis=1)
         fits &= (q >= -8).all(axis=1)
