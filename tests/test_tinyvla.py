@@ -116,6 +116,15 @@ def test_parity_and_bench_of_a_policy_that_samples_nothing(target: str, compiled
             policy.act({"image": image}, task="red block " * 30)
 
 
+def test_bench_measures_it(compiled: Any) -> None:
+    from vlac.bench import bench
+
+    need("torch")
+    report = bench(compiled("tinyvla_tiny", "gguf-f32"), engine="torch", threads=1, runs=2)
+    assert {"vision", "policy", "chunk"} <= set(report["stages"])
+    assert report["reuse"] == {}
+
+
 def test_the_text_decoder_is_not_in_the_artifact(compiled: Any) -> None:
     program = (compiled("tinyvla_tiny", "onnx-fp32") / "program.txt").read_text(encoding="utf-8")
     assert "decoder" not in program

@@ -109,8 +109,12 @@ def _reused(
     """Milliseconds of chunks for which only one of several cameras is new, and only state and noise."""
 
     def afresh() -> dict[str, Any]:
-        state, noise = given["state"], given["noise"]
-        moved = {} if state is None else {"state": state + rng.standard_normal(state.shape).astype(state.dtype) / 100}
+        state, noise = given.get("state"), given.get("noise")
+        moved = (
+            {}
+            if state is None or not state.size
+            else {"state": state + rng.standard_normal(state.shape).astype(state.dtype) / 100}
+        )
         return moved | ({} if noise is None else {"noise": rng.standard_normal(noise.shape).astype(noise.dtype)})
 
     images = dict(given["images"])
