@@ -273,6 +273,14 @@ def set_keys(**text: int) -> Edit:
     return edit
 
 
+def layers_of(count: int) -> Edit:
+    def edit(keys: dict[str, Value], tensors: Tensors) -> None:
+        for part in ("text", "expert"):
+            keys[f"smolvla.{part}.num_layers"] = Value("u32", count)
+
+    return edit
+
+
 def rename(name: str, to: str) -> Edit:
     def edit(keys: dict[str, Value], tensors: Tensors) -> None:
         keys[to] = keys.pop(name)
@@ -310,6 +318,7 @@ WRONG_QVAC: list[tuple[str, Edit, str]] = [
     ("other prefix", rename("smolvla.flow.chunk_size", "smolVLA.flow.chunk_size"), "would silently take 50"),
     ("zero", set_key("smolvla.flow.num_ode_steps", "u32", 0), "is 0, expected 1 to 1024"),
     ("no cross layer", set_key("smolvla.expert.self_attn_every_n", "u32", 1), "no expert layer is a cross layer"),
+    ("last layer", layers_of(3), "the last of 3 expert layers is a self layer"),
     ("layers", set_key("smolvla.expert.num_layers", "u32", 1), "2 text layers and 1 expert layers"),
     ("heads", set_key("smolvla.vision.num_heads", "u32", 5), "does not divide by 5 heads"),
     ("grid", set_key("smolvla.connector.scale_factor", "u32", 3), "does not divide by scale_factor 3"),
