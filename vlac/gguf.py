@@ -418,7 +418,6 @@ def open_gguf_artifact(path: Path) -> Artifact:
     Tensor bytes are not read: `verify` does that.
     """
     file = read_gguf(path)
-    _check_end(file)
     texts = {key: file.text(key) for key in (PROGRAM, IO_KEY, MANIFEST, TOKENIZER)}
     program_text, io_text, manifest_text = texts[PROGRAM], texts[IO_KEY], texts[MANIFEST]
     if program_text is None or io_text is None or manifest_text is None:
@@ -428,6 +427,7 @@ def open_gguf_artifact(path: Path) -> Artifact:
             f"{path}: no key {missing}; a GGUF file of another program (general.architecture: {architecture})",
             remedy="vlac runs files that `vlac compile --target gguf-...` wrote",
         )
+    _check_end(file)
     manifest = _read_manifest(file, manifest_text)
     checksums = manifest["crc32"]
     for key, text in texts.items():
