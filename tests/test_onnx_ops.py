@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from onnx_artifacts import relative_max, weights_of, write_unchecked
 
+from vlac.engines import onnxruntime_engine, openvino_engine
 from vlac.engines.base import get_engine
 from vlac.engines.numpy_engine import run_stage
 from vlac.errors import EngineError, Unsupported
@@ -174,8 +175,9 @@ def test_op(case: tuple[str, tuple[Any, ...], dict[str, Any]], tmp_path: Path) -
 
 
 def test_every_op_of_the_table_is_written_and_tested() -> None:
-    assert set(EMITTERS) == set(OPS)
-    assert {c[0] for c in CASES} | {"rope"} == set(OPS)
+    declined = set(onnxruntime_engine.DECLINES) & set(openvino_engine.DECLINES)  # by both: nothing is written for these
+    assert set(EMITTERS) | declined == set(OPS) and not set(EMITTERS) & declined
+    assert {c[0] for c in CASES} | {"rope"} == set(EMITTERS)
 
 
 def _rope(positions: Callable[[StageBuilder], str], n: int) -> tuple[Program, dict[str, np.ndarray]]:
