@@ -67,7 +67,7 @@ def act_once(artifact: str, engine: str | None) -> dict[str, Any]:
     times, errors, stages = [], [], {}
     for golden in (goldens[0], *goldens):
         began = time.perf_counter()
-        chunk = policy.act(images=golden.images, state=golden.state, task=golden.task, noise=golden.noise)
+        chunk = policy.act(images=golden.images, state=golden.state, task=golden.task, noise=golden.noise, reuse=False)
         times.append(time.perf_counter() - began)
         stages = {k: round(v) for k, v in policy.stats.items() if k.endswith("_ms")}
         errors.append(float(np.linalg.norm(chunk - golden.chunk) / np.linalg.norm(golden.chunk)))
