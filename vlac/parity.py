@@ -49,28 +49,25 @@ COMPILER_LIMITS: Mapping[str, str] = {
     "f32": "compiler.max<=5e-5",
     "f16": "compiler.rel_l2<=3e-3",
     "bf16": "compiler.rel_l2<=2e-2",
-    "int8": "compiler.rel_l2<=0.45",
-    "q8_0": "compiler.rel_l2<=0.15",
-    "q6_k": "compiler.rel_l2<=0.15",
-    "q5_k": "compiler.rel_l2<=0.15",
-    "q5_0": "compiler.rel_l2<=0.15",
-    "q4_k": "compiler.rel_l2<=0.15",
-    "iq4_nl": "compiler.rel_l2<=0.15",
-    "q4_0": "compiler.rel_l2<=0.15",
-    "int4": "compiler.rel_l2<=0.45",
+    "int8": "compiler.rel_l2<=6e-2",
+    "q8_0": "compiler.rel_l2<=6e-2",
+    "q6_k": "compiler.rel_l2<=6e-2",
+    "q5_k": "compiler.rel_l2<=6e-2",
+    "q5_0": "compiler.rel_l2<=6e-2",
+    "q4_k": "compiler.rel_l2<=6e-2",
+    "iq4_nl": "compiler.rel_l2<=6e-2",
+    "q4_0": "compiler.rel_l2<=6e-2",
+    "int4": "compiler.rel_l2<=6e-2",
 }
 """Question 1, for every stage value and the chunk, by format. The weights are equal on both sides; what is left is
 summation order and, below f32, the rounding of ACTIVATIONS inside the engine's kernels (to f16, bf16, or 8 bits).
-Measured worst over stages, random networks of 4 to 16 layers: f32 2.3e-6 (max), f16 1.2e-3, bf16 6.5e-3, 8 bit 3.3e-2.
-On a trained backbone, whose outliers share a scale with everything else: ggml's blocks of 8 bits 7.2e-2, ONNX Runtime's
-rows of 8 bits 0.39. The 8-bit limits are for that, and find only an engine that computes something else; the same
-program as f32 is what proves the structure."""
+Measured worst over stages, networks of 4 to 16 layers: f32 2.3e-6 (max), f16 1.2e-3, bf16 6.5e-3, 8 bit 3.3e-2."""
 
 COST_LIMITS: Mapping[str, tuple[str, ...]] = {
     "f32": ("cos>=0.9999999", "max<=2e-5"),
     "f16": ("cos>=0.9999", "max<=2e-2"),
     "bf16": ("cos>=0.999", "max<=5e-2"),
-    "int8": ("cos>=0.98",),  # a trained backbone: 0.991
+    "int8": ("cos>=0.995",),
     "q8_0": ("cos>=0.995",),
     "q6_k": ("cos>=0.98",),
     "q5_k": ("cos>=0.95",),
