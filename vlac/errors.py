@@ -31,6 +31,12 @@ class CheckpointError(VlacError):
     usual_remedy = "correct that file, or copy the checkpoint again; `vlac inspect` shows what it holds"
 
 
+class DatasetError(VlacError):
+    """A dataset on disk is broken, incomplete or contradicts itself."""
+
+    usual_remedy = "copy the dataset again; the layout is LeRobotDataset v3 (or v2.1), see docs/datasets.md"
+
+
 class Unsupported(VlacError):
     """A checkpoint or request that is valid but that vlac does not implement."""
 

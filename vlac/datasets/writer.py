@@ -1,0 +1,401 @@
+"""Writer: records a LeRobotDataset v3 that LeRobot loads, safe against being killed.
+
+An episode is committed when meta/info.json counts it; that file is written last. Until then its rows, videos and
+metadata lie behind what is counted, where no reader looks. So a kill at any moment loses at most the open episode.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from vlac.datasets import statistics
+from vlac.datasets.columns import as_info, check_features, data_table, tasks_table, value_of
+from vlac.datasets.files import UNFINISHED, put, replace_json, replace_with
+from vlac.datasets.layout import (
+    CHUNKS_SIZE,
+    DATA_PATH,
+    EPISODES_PATH,
+    INFO,
+    STATS,
+    TASKS,
+    VIDEO_PATH,
+    Feature,
+    fill,
+    read_info,
+    read_json,
+)
+from vlac.datasets.pictures import encode_png
+from vlac.datasets.tables import need, refusals, tasks_v3
+from vlac.datasets.video import VideoWriter
+from vlac.errors import DatasetError, InputError
+
+NpArray = np.ndarray[Any, Any]
+
+PACK_BYTES = 8 << 20
+"""Data files grow, by being written again with the next episode, until they are this large."""
+PACK_EPISODES = 256
+"""Episodes per file of meta/episodes."""
+
+
+class Writer:
+    """Records episodes: `add_frame` for each moment, `save_episode` to commit them.
+
+    Args:
+        path: the dataset's folder; it must not hold a dataset yet (`Writer.resume` goes on with one).
+        features: LeRobot's form, {key: {"dtype": ..., "shape": [...], "names": [...]}}; dtype "image" stores PNG
+            exactly, "video" H.264 (smaller, not exact), numbers have one axis. The columns timestamp, frame_index,
+            episode_index, index and task_index come by themselves.
+        fps: frames per second, whole.
+        robot_type: a note in info.json.
+        png_level: zlib level of pictures.
+
+    One writer per folder at a time (a second is refused). Not thread-safe.
+    Raises: InputError for features and frames that do not fit, DatasetError for a folder that is taken or broken.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        features: Mapping[str, Any],
+        fps: int,
+        *,
+        robot_type: str | None = None,
+        png_level: int = 1,
+    ) -> None:
+        root = Path(path)
+        checked = check_features(features)
+        if isinstance(fps, bool) or not isinstance(fps, int) or fps < 1:
+            raise InputError(f"fps={fps!r}, expected a whole number of frames per second")
+        need("pyarrow.parquet")
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise DatasetError(
+                f"{root} exists and is not an empty folder",
+                remedy="give a new folder, or go on with a dataset: Writer.resume(path)",
+            )
+        root.mkdir(parents=True, exist_ok=True)
+        self._open(root, checked, fps, png_level)
+        self._info: dict[str, Any] = {
+            "codebase_version": "v3.0",
+            "fps": fps,
+            "features": as_info(checked, fps),
+            "total_episodes": 0,
+            "total_frames": 0,
+            "total_tasks": 0,
+            "chunks_size": CHUNKS_SIZE,
+            "data_files_size_in_mb": 100,
+            "video_files_size_in_mb": 200,
+            "data_path": DATA_PATH,
+            "video_path": VIDEO_PATH,
+            "robot_type": robot_type,
+            "splits": {},
+        }
+        replace_json(root / INFO, self._info)
+
+    @classmethod
+    def resume(cls, path: str | Path, *, png_level: int = 1) -> Writer:
+        """Goes on with a v3 dataset (one of LeRobot's too); removes what a killed recording left uncommitted."""
+        root = Path(path)
+        info = read_info(root)
+        if info.version[0] != 3:
+            raise DatasetError(f"{root / INFO}: version {info.version}; only v3 datasets are added to")
+        self = cls.__new__(cls)
+        self._open(root, check_features(info.features), int(info.fps), png_level)
+        self._info = {
+            "data_path": DATA_PATH,
+            "video_path": VIDEO_PATH,
+            "chunks_size": CHUNKS_SIZE,
+            **read_json(root / INFO),
+        }
+        try:
+            self._take_up()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _open(self, root: Path, features: dict[str, Feature], fps: int, png_level: int) -> None:
+        self.path, self.features, self.fps = root, features, fps
+        self._png_level = png_level
+        self._lock = os.open(root, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            self._lock = -1
+            raise DatasetError(
+                f"{root} is being recorded to by another process", remedy="give another folder"
+            ) from None
+        self._tasks: list[str] = []
+        self._stats: dict[str, statistics.Stats] = {}
+        self._last: dict[str, Any] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._columns: dict[str, list[Any]] = {k: [] for k, f in self.features.items() if f.dtype != "video"}
+        self._frame_tasks: list[str] = []
+        self._pictures = {k: statistics.Pictures() for k, f in self.features.items() if f.is_picture}
+        self._videos: dict[str, VideoWriter] = {}
+
+    # --- the open episode ---
+
+    @property
+    def episodes(self) -> int:
+        """How many are committed."""
+        return int(self._info["total_episodes"])
+
+    @property
+    def open_frames(self) -> int:
+        """Frames of the open episode."""
+        return len(self._frame_tasks)
+
+    def add_frame(self, frame: Mapping[str, Any], task: str | None = None) -> None:
+        """One moment: a value for every feature, and the instruction (as `task` or frame["task"]).
+
+        Nothing of the frame is kept when it is refused.
+        """
+        if self._lock < 0:
+            raise InputError(f"the writer of {self.path} is closed")
+        text = frame.get("task") if task is None else task
+        if not isinstance(text, str):
+            raise InputError(f"a frame needs its instruction; task is {text!r}")
+        given, wanted = set(frame) - {"task"}, set(self.features)
+        if given != wanted:
+            missing, unknown = sorted(wanted - given), sorted(given - wanted)
+            raise InputError(
+                f"the frame {f'lacks {missing}' if missing else ''}{' and ' if missing and unknown else ''}"
+                f"{f'has {unknown}, which the dataset has not' if unknown else ''}"
+            )
+        values = {key: value_of(f, frame[key]) for key, f in self.features.items()}
+        for key, value in values.items():
+            feature = self.features[key]
+            if feature.is_picture:
+                self._pictures[key].add(value)
+            if feature.dtype == "video":
+                self._video(key, feature).add(value)
+            else:
+                self._columns[key].append(encode_png(value, self._png_level) if feature.is_picture else value)
+        self._frame_tasks.append(text)
+
+    def _video(self, key: str, feature: Feature) -> VideoWriter:
+        if key not in self._videos:
+            self._videos[key] = VideoWriter(self._unfinished_video(key), self.fps, feature.shape[0], feature.shape[1])
+        return self._videos[key]
+
+    def _unfinished_video(self, key: str) -> Path:
+        return self.path / f".{key}.mp4{UNFINISHED}"
+
+    def discard_episode(self) -> None:
+        """Forgets the open episode."""
+        for key, video in self._videos.items():
+            video.abandon()
+            self._unfinished_video(key).unlink(missing_ok=True)
+        self._clear()
+
+    # --- committing ---
+
+    def save_episode(self) -> int:
+        """Commits the open episode; when this returns it survives a kill and a loss of power. Returns its number."""
+        frames, index = self.open_frames, self.episodes
+        if not frames:
+            raise InputError("the open episode has no frames")
+        start = int(self._info["total_frames"])
+        tasks = list(dict.fromkeys(self._frame_tasks))
+        known = len(self._tasks)
+        self._tasks += [t for t in tasks if t not in self._tasks]
+        columns: dict[str, Any] = {
+            k: v if self.features[k].is_picture else np.stack(v) for k, v in self._columns.items()
+        }
+        counting = np.arange(frames)
+        columns |= {"timestamp": (counting / self.fps).astype(np.float32), "frame_index": counting}
+        columns |= {"episode_index": np.full(frames, index), "index": start + counting}
+        columns["task_index"] = np.array([self._tasks.index(t) for t in self._frame_tasks])
+        stats = self._episode_stats(columns)
+
+        row: dict[str, Any] = {"episode_index": index, "tasks": tasks, "length": frames}
+        row |= self._write_data(columns) | {"dataset_from_index": start, "dataset_to_index": start + frames}
+        for key in self._videos:
+            row |= self._finish_video(key, frames)
+        if len(self._tasks) > known:
+            self._write_table(self.path / TASKS, tasks_table(self._tasks))
+        row |= {f"stats/{k}/{name}": v.tolist() for k, one in stats.items() for name, v in one.items()}
+        self._write_row(row)
+        self._stats = {k: statistics.together([self._stats[k], s]) if k in self._stats else s for k, s in stats.items()}
+        replace_json(self.path / STATS, statistics.as_lists(self._stats))
+        self._info |= {"total_episodes": index + 1, "total_frames": start + frames, "total_tasks": len(self._tasks)}
+        self._info["splits"] = {"train": f"0:{index + 1}"}
+        replace_json(self.path / INFO, self._info)
+        self._last = row
+        self._clear()
+        return index
+
+    def _episode_stats(self, columns: Mapping[str, Any]) -> dict[str, statistics.Stats]:
+        result = {key: pictures.result() for key, pictures in self._pictures.items()}
+        for key, values in columns.items():
+            if key not in self._pictures:
+                result[key] = statistics.of_vectors(values.reshape(len(values), -1))
+        return result
+
+    def _write_data(self, columns: Mapping[str, Any]) -> dict[str, int]:
+        """Adds the rows to the last data file while that is small, else begins the next."""
+        pq = need("pyarrow.parquet")
+        chunk, file = self._last_file("data")
+        path = self.path / self._data_file(chunk, file)
+        table = data_table(self.features, columns)
+        before: Any = None
+        if self._last and path.stat().st_size < PACK_BYTES:
+            with refusals(path, "it cannot be read to add to it"):
+                before = pq.ParquetFile(path)
+                if not before.schema_arrow.equals(table.schema):
+                    before = None
+        if before is None and self._last:
+            chunk, file = self._next(chunk, file)
+            path = self.path / self._data_file(chunk, file)
+
+        groups = before.num_row_groups if before is not None else 0
+
+        def write(temporary: Path) -> None:
+            with pq.ParquetWriter(temporary, table.schema, compression="snappy") as out:
+                for group in range(groups):
+                    out.write_table(before.read_row_group(group))
+                out.write_table(table)  # one row group per episode, as LeRobot writes them
+
+        replace_with(path, write)
+        return {"data/chunk_index": chunk, "data/file_index": file}
+
+    def _finish_video(self, key: str, frames: int) -> dict[str, Any]:
+        chunk, file = self._last_file(f"videos/{key}")
+        if self._last:
+            chunk, file = self._next(chunk, file)
+        self._videos[key].close()
+        put(self._unfinished_video(key), self.path / self._video_file(key, chunk, file))
+        names = {"chunk_index": chunk, "file_index": file, "from_timestamp": 0.0, "to_timestamp": frames / self.fps}
+        return {f"videos/{key}/{name}": value for name, value in names.items()}
+
+    def _write_row(self, row: dict[str, Any]) -> None:
+        pq, pa = need("pyarrow.parquet"), need("pyarrow")
+        chunk, file = self._last_file("meta/episodes")
+        row |= {"meta/episodes/chunk_index": chunk, "meta/episodes/file_index": file}
+        table, path = pa.Table.from_pylist([row]), self.path / self._episodes_file(chunk, file)
+        before = None
+        if self._last:
+            with refusals(path, "it cannot be read to add to it"):
+                before = pq.read_table(path, partitioning=None)
+        if before is not None and len(before) < PACK_EPISODES and before.schema.equals(table.schema):
+            table = pa.concat_tables([before, table]).combine_chunks()
+        elif before is not None:
+            chunk, file = self._next(chunk, file)
+            row |= {"meta/episodes/chunk_index": chunk, "meta/episodes/file_index": file}
+            table, path = pa.Table.from_pylist([row], table.schema), self.path / self._episodes_file(chunk, file)
+        self._write_table(path, table)
+
+    def _write_table(self, path: Path, table: Any) -> None:
+        pq = need("pyarrow.parquet")
+        replace_with(path, lambda temporary: pq.write_table(table, temporary, compression="snappy"))
+
+    # --- where files lie ---
+
+    def _last_file(self, what: str) -> tuple[int, int]:
+        return int(self._last.get(f"{what}/chunk_index", 0)), int(self._last.get(f"{what}/file_index", 0))
+
+    def _next(self, chunk: int, file: int) -> tuple[int, int]:
+        return (chunk + 1, 0) if file + 1 >= int(self._info["chunks_size"]) else (chunk, file + 1)
+
+    def _data_file(self, chunk: int, file: int) -> str:
+        return fill(self._info["data_path"], {"chunk_index": chunk, "file_index": file})
+
+    def _video_file(self, key: str, chunk: int, file: int) -> str:
+        return fill(self._info["video_path"], {"video_key": key, "chunk_index": chunk, "file_index": file})
+
+    def _episodes_file(self, chunk: int, file: int) -> str:
+        return fill(EPISODES_PATH, {"chunk_index": chunk, "file_index": file})
+
+    # --- taking up a recording that ended somewhere ---
+
+    def _take_up(self) -> None:
+        """Reads where the committed episodes end, and removes what lies behind them."""
+        for left in (*self.path.glob(f".*{UNFINISHED}"), *self.path.glob(f"*/**/.*{UNFINISHED}")):
+            left.unlink()
+        if self.episodes:
+            self._tasks = [task for _, task in sorted(tasks_v3(self.path).items())]
+            self._last, self._stats = self._committed()
+            self._trim(self._episodes_file(*self._last_file("meta/episodes")), "episode_index", self.episodes)
+            self._trim(self._data_file(*self._last_file("data")), "index", int(self._info["total_frames"]))
+        self._remove_behind("data", self._data_file)
+        self._remove_behind("meta/episodes", self._episodes_file)
+        for key, feature in self.features.items():
+            if feature.dtype == "video":
+                self._remove_behind(f"videos/{key}", functools.partial(self._video_file, key))
+
+    def _committed(self) -> tuple[dict[str, Any], dict[str, statistics.Stats]]:
+        """The metadata of the last committed episode, and the statistics of all of them."""
+        pq = need("pyarrow.parquet")
+        last: dict[str, Any] = {}
+        parts: dict[str, list[statistics.Stats]] = {}
+        for path in sorted((self.path / "meta" / "episodes").glob("*/*.parquet")):
+            with refusals(path, "it cannot be read"):
+                rows = pq.read_table(path, partitioning=None).to_pylist()
+            for row in (r for r in rows if r["episode_index"] < self.episodes):
+                last = max(last, row, key=lambda r: int(r.get("episode_index", -1)))
+                found: dict[str, statistics.Stats] = {}
+                for column, value in row.items():
+                    if column.startswith("stats/"):
+                        key, name = column.removeprefix("stats/").rsplit("/", 1)
+                        found.setdefault(key, {})[name] = np.asarray(value)
+                for key, one in found.items():
+                    parts.setdefault(key, []).append(one)
+        if last.get("episode_index") != self.episodes - 1:
+            raise DatasetError(f"{self.path}/meta/episodes: episode {self.episodes - 1} of {INFO} is not there")
+        return last, {key: statistics.together(some) for key, some in parts.items()}
+
+    def _trim(self, relative: str, column: str, bound: int) -> None:
+        """Drops the rows of a parquet file whose `column` is `bound` or more; leaves a file without any alone."""
+        pq, pc = need("pyarrow.parquet"), need("pyarrow.compute")
+        path = self.path / relative
+        with refusals(path, f"column {column!r} cannot be read"):
+            numbers = pq.read_table(path, columns=[column], partitioning=None).column(column)
+            if pc.max(numbers).as_py() < bound:
+                return
+            before = pq.ParquetFile(path)
+
+        def write(temporary: Path) -> None:
+            with pq.ParquetWriter(temporary, before.schema_arrow, compression="snappy") as out:
+                for group in range(before.num_row_groups):
+                    table = before.read_row_group(group)
+                    kept = table.filter(pc.less(table.column(column), bound))
+                    if len(kept):
+                        out.write_table(kept)
+
+        with refusals(path, "it cannot be cut to the committed rows"):
+            replace_with(path, write)
+
+    def _remove_behind(self, what: str, file_of: Callable[[int, int], str]) -> None:
+        """Removes the files that follow the last committed one."""
+        chunk, file = self._last_file(what)
+        if self._last:
+            chunk, file = self._next(chunk, file)
+        while (path := self.path / file_of(chunk, file)).is_file():
+            path.unlink()
+            chunk, file = self._next(chunk, file)
+
+    # --- the end ---
+
+    def close(self) -> None:
+        """Forgets the open episode and lets the folder go; committed episodes need nothing more."""
+        if self._lock >= 0:
+            self.discard_episode()
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
