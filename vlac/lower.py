@@ -24,6 +24,7 @@ from vlac.rewrites.linears import (
 from vlac.rewrites.motion import hoist_invariants
 from vlac.rewrites.patches import shuffle_as_patch_order
 from vlac.rewrites.precision import assign_formats, pad_to_blocks, roles
+from vlac.rewrites.rates import split_by_rate
 
 __all__ = ["REWRITES", "Rewrite", "assign_formats", "lower", "lower_until", "pad_to_blocks", "roles"]
 
@@ -50,6 +51,7 @@ REWRITES: tuple[Rewrite, ...] = (
     Rewrite("fold_row_biases", fold_row_biases),
     Rewrite("shuffle_as_patch_order", shuffle_as_patch_order),
     Rewrite("fuse_projections", fuse_projections),
+    Rewrite("split_by_rate", split_by_rate),
     Rewrite("drop_identities", drop_identities),
     Rewrite("share_again", share),
     Rewrite("prune_again", prune),
