@@ -163,7 +163,6 @@ def _report(
     stages = {k.removesuffix("_ms"): summarise([r[k] for r in runs]) for k in (*phases, "chunk_ms")}
     steps = artifact.io.n_action_steps
     info = raw["info"]
-    hashes = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in _files(artifact)}
     board = board_of(seen)
     verdict, remarks = judge(board, seen, len(runs))
     return {
@@ -171,9 +170,7 @@ def _report(
             "name": artifact.manifest.get("name") or artifact.path.name,
             "path": artifact.path.name,
             "target": artifact.manifest["target"],
-            "bytes": sum(h["bytes"] for h in hashes.values()),
-            "sha256": _one_hash(hashes),
-            "files": hashes,
+            **fingerprint(artifact),
         },
         "engine": info.get("engine", ""),
         "engine_info": info,
@@ -196,6 +193,12 @@ def _report(
         "remarks": remarks,
         "samples_ms": {k.removesuffix("_ms"): [r[k] for r in runs] for k in runs[0]},
     }
+
+
+def fingerprint(artifact: Artifact) -> dict[str, Any]:
+    """Which artifact this is: bytes and sha256 of the whole, and of each of its files."""
+    hashes = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in _files(artifact)}
+    return {"bytes": sum(h["bytes"] for h in hashes.values()), "sha256": _one_hash(hashes), "files": hashes}
 
 
 def _one_hash(hashes: Mapping[str, Mapping[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -41,6 +41,7 @@ TokenizerPath = Annotated[str | None, typer.Option("--tokenizer", help="tokenize
 DialectOf = Annotated[
     str | None, typer.Option("--dialect", metavar="NAME", help="A file for another engine: qvac or vla.cpp.")
 ]
+Save = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the report there as well, for `report`.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 
 
@@ -118,6 +119,25 @@ def key_values(items: list[str] | None, option: str) -> dict[str, str]:
             raise InputError(f"{option} {key} is given twice")
         result[key] = value
     return result
+
+
+def milliseconds(text: str | None) -> float | str | None:
+    """ "measured" and None as they are, else a number; InputError when it is none."""
+    if text is None or text == "measured":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--delay {text!r}: milliseconds, or 'measured'") from None
+
+
+def finish(report: Mapping[str, Any], save: Path | None) -> None:
+    """Keeps a report in a file when asked to."""
+    if save is not None:
+        from vlac.tables import as_json
+
+        save.parent.mkdir(parents=True, exist_ok=True)
+        save.write_text(as_json(report) + "\n", encoding="utf-8")
 
 
 def _version(value: bool) -> None:
@@ -278,6 +298,7 @@ def parity_command(
     unnorm_key: UnnormKey = None,
     embodiment: Embodiment = None,
     tokenizer: TokenizerPath = None,
+    save: Save = None,
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -311,6 +332,7 @@ def parity_command(
             progress=show,
         )
     report["artifact"] = path
+    finish(report, save)
     typer.echo(as_json(report) if json_output else parity_text(report))
     if not report["ok"]:
         raise typer.Exit(1)
@@ -329,6 +351,7 @@ def bench_command(
     form: Annotated[
         str, typer.Option("--output", "-o", metavar="md|json|csv|jsonl", help="Form of the report.")
     ] = "md",
+    save: Save = None,
     json_output: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -348,7 +371,74 @@ def bench_command(
     silent, read = json_output or quiet or form != "md", ReadOptions(stats_from=stats_from)
     with progress.progress(silent) as show, runnable(path, read, goldens=1, progress=show) as artifact:
         report = bench(artifact, engine=engine, threads=threads, runs=runs, progress=show)
+    finish(report, save)
     typer.echo(bench_text(report, form))
+
+
+@app.command("eval")
+@guarded
+def eval_command(
+    environment: Annotated[
+        str, typer.Argument(metavar="push-cubes|gym:ENV_ID", help="The bundled task, or any Gymnasium environment.")
+    ],
+    path: Annotated[str, typer.Argument(metavar="out/|FILE.gguf|CKPT", help="An artifact; a checkpoint runs in fp32.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="OTHER", help="An artifact or checkpoint on the same episodes, for a paired difference."),
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="How many.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first episode; the others follow.")] = 0,
+    n_action_steps: Annotated[
+        int | None, typer.Option(min=1, help="Actions executed of each chunk; default: as the policy says.")
+    ] = None,
+    delay: Annotated[
+        str | None,
+        typer.Option(metavar="MS|measured", help="What an inference takes on the robot's clock; default: no time."),
+    ] = None,
+    control: Annotated[
+        str, typer.Option(metavar="none|shuffled|blank", help="Tell wrong instructions, or show black pictures.")
+    ] = "none",
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="FILE.json|yaml", help="Which keys of a gym: environment are what.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A GIF and a strip of one success and one failure go there.")
+    ] = None,
+    engine: Engine = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each engine; default: 1.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: as many as cores.")] = None,
+    save: Save = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let a policy act in closed loop and count its successes.
+
+    With a 95 % interval; with --against also the paired difference on the same episodes and its p-value.
+    """
+    from vlac import machine, progress
+    from vlac.environments import named
+    from vlac.eval_text import eval_text
+    from vlac.evaluate import evaluate
+    from vlac.tables import as_json
+
+    with progress.progress(json_output or quiet) as show:
+        report = evaluate(
+            path,
+            named(environment, adapter),
+            against=against,
+            episodes=episodes,
+            seed=seed,
+            n_action_steps=n_action_steps,
+            delay=milliseconds(delay),
+            control=control,
+            engine=engine,
+            threads=threads,
+            workers=workers or machine.usable_cores(),
+            pictures=pictures,
+            progress=show,
+        )
+    finish(report, save)
+    typer.echo(as_json(report) if json_output else eval_text(report))
 
 
 @app.command("run")

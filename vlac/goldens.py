@@ -44,7 +44,7 @@ def fits(program: Program) -> bool:
     return sum(4 * math.prod(p.shape) for p in program.params.values()) <= MAX_REFERENCE_BYTES
 
 
-def reference_session(program: Program) -> EngineSession:
+def reference_session(program: Program, threads: int = REFERENCE_THREADS) -> EngineSession:
     """The fp32 engine on a program with weights: torch where installed, else numpy (slow, same meaning)."""
 
     def weight(name: str) -> NpArray:
@@ -53,7 +53,7 @@ def reference_session(program: Program) -> EngineSession:
     if importlib.util.find_spec("torch") is not None:
         from vlac.engines.torch_engine import TorchSession
 
-        return TorchSession(program, weight, threads=REFERENCE_THREADS, keep_weights=fits(program))
+        return TorchSession(program, weight, threads=threads, keep_weights=fits(program))
     from vlac.engines.numpy_engine import NumpySession
 
     return NumpySession(program, weight)

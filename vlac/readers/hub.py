@@ -7,7 +7,7 @@ fetched. Everything that can go wrong becomes a VlacError that says what to do.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,25 @@ PATTERNS = ("*.json", "*.safetensors")
 NOT_NEEDED = ("training_state/*", "*/training_state/*", "checkpoints/*")
 """A trainer's own state, which may be larger than the policy."""
 
+BUNDLED: Mapping[str, str] = {"push-cubes": "push_cubes"}
+"""Checkpoints that come with vlac: name -> folder in vlac/zoo. A local folder of the same name is taken first."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` has the form "owner/repository"."""
     return bool(_HUB_ID.fullmatch(name)) and ".." not in name
+
+
+def bundled(name: str) -> Path:
+    """The folder of a bundled checkpoint; VlacError when this installation lacks it."""
+    folder = Path(__file__).resolve().parents[1] / "zoo" / BUNDLED[name]
+    if not (folder / "config.json").is_file():
+        raise VlacError(
+            f"the bundled checkpoint {name} is not in this installation ({folder})", remedy="reinstall vlac"
+        )
+    return folder
 
 
 def _fetch(what: str, revision: str | None, call: Callable[[Any], str]) -> Path:
@@ -83,14 +96,19 @@ def fetch_file(repo_id: str, filename: str, revision: str | None = None) -> Path
 
 
 def resolve(checkpoint: str, revision: str | None = None) -> Path:
-    """The local folder or file that `checkpoint` (a path or a hub id) means; VlacError when there is none."""
+    """The local folder or file that `checkpoint` means: a path, a bundled checkpoint's name or a hub id.
+
+    Raises VlacError when there is none.
+    """
     path = Path(checkpoint).expanduser()
     if path.exists():
         return path
+    if checkpoint in BUNDLED:
+        return bundled(checkpoint)
     if not is_hub_id(checkpoint):
         raise VlacError(
             f"{checkpoint}: no such folder, and not a hub id (owner/name)",
-            remedy="give a checkpoint folder or a hub id such as lerobot/smolvla_base",
+            remedy=f"give a checkpoint folder, a hub id such as lerobot/smolvla_base, or {', '.join(BUNDLED)}",
         )
     return fetch_repository(checkpoint, revision)
 
