@@ -65,7 +65,7 @@ def test_a_recipe_compiles_before_the_passes_of_the_command_line(
         ("stages: []", "the one key `passes`, found stages"),
         ("- {a: {}, b: {}}", "entry 1: expected one pass"),
         ("- flow-steps: 4", "parameters of flow-steps are 4"),
-        ("- flow-steps: {grid: 'a,b'}", "expected a number, a text without"),
+        ("- flow-steps: {grid: 'a,b'}", "expected a number, a text without commas"),
         ("- flow-steps: {steps: {a: 1}}", "flow-steps: steps is"),
         ("- [", "is not YAML"),
         ("- !!python/object/apply:os.system ['true']", "is not YAML"),

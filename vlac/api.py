@@ -57,20 +57,32 @@ def _typed(entry: Pass, given: Mapping[str, str]) -> dict[str, Any]:
             values[key] = default
             continue
         try:
-            values[key] = given[key].lower() in ("1", "true", "yes") if kind is bool else kind(given[key])
+            values[key] = _truth(given[key]) if kind is bool else kind(given[key])
         except ValueError:
-            raise VlacError(f"pass {entry.name}: {key}={given[key]!r} is not {kind.__name__} ({text})") from None
+            legal = "true or false" if kind is bool else kind.__name__
+            raise VlacError(f"pass {entry.name}: {key}={given[key]!r} is not {legal} ({text})") from None
     return values
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("1", "true", "yes", "0", "false", "no"):
+        raise ValueError(text)
+    return text.lower() in ("1", "true", "yes")
+
+
+def typed_passes(recipe: Sequence[str]) -> list[tuple[Pass, dict[str, Any]]]:
+    """Each pass of a recipe with the values of all its parameters; VlacError names an unknown pass, key or value."""
+    from vlac.registry import passes
+
+    steps = [(passes.get(name), given) for name, given in map(parse_pass, recipe)]
+    return [(entry, _typed(entry, given)) for entry, given in steps]
 
 
 def apply_passes(policy: Policy, recipe: Sequence[str]) -> Policy:
     """The recipe applied in order, each pass checked before (requires) and after (ensures) and noted in the history."""
     from vlac.policy import Applied
-    from vlac.registry import passes
 
-    steps = [(passes.get(name), given) for name, given in map(parse_pass, recipe)]
-    typed = [(entry, _typed(entry, given)) for entry, given in steps]
-    for entry, values in typed:
+    for entry, values in typed_passes(recipe):
         if entry.requires is not None:
             try:
                 entry.requires(policy, **values)

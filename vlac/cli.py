@@ -290,6 +290,10 @@ def parity_command(
         list[str] | None,
         typer.Option("--limit", metavar="LIMIT", help='Such as "cos>=0.999" or "compiler.max<=1e-4"; repeatable.'),
     ] = None,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Instead: the recipe with each pass left out in turn; wants --reference.")
+    ] = False,
+    runs: Annotated[int, typer.Option(min=0, help="With --ablate: chunks to time; 0: no latency.")] = 10,
     revision: Revision = None,
     stats_key: StatsKey = None,
     stats_from: StatsFrom = None,
@@ -320,6 +324,24 @@ def parity_command(
         embodiment=embodiment,
         tokenizer=tokenizer,
     )
+    if ablate:
+        from vlac.sweep.ablate import ablate as leave_out
+        from vlac.sweep.ablate import ablation_text
+
+        with progress.progress(json_output or quiet) as show:
+            found = leave_out(
+                path,
+                reference,
+                observations=observations,
+                engine=engine,
+                threads=threads,
+                runs=runs,
+                read={k: v for k, v in vars(read).items() if k != "headers_only"} if how else None,
+                progress=show,
+            )
+        finish(found, save)
+        typer.echo(as_json(found) if json_output else ablation_text(found))
+        return
     with progress.progress(json_output or quiet) as show, runnable(path, read, goldens=2, progress=show) as artifact:
         report = parity(
             artifact,
@@ -439,6 +461,42 @@ def eval_command(
         )
     finish(report, save)
     typer.echo(as_json(report) if json_output else eval_text(report))
+
+
+@app.command("sweep")
+@guarded
+def sweep_command(
+    grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", help="Targets, engines and passes to combine.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder for rows, table and picture.")] = Path("sweep/"),
+    workers: Annotated[int, typer.Option(min=1, help="Points at a time on this machine.")] = 1,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="Only the I-th of N parts, for job arrays.")] = "1/1",
+    executor: Annotated[str, typer.Option(metavar="processes|ray", help="Where points run.")] = "processes",
+    address: Annotated[
+        str | None, typer.Option(help="With ray: the cluster; default: RAY_ADDRESS, or one here.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the artifacts in OUT/artifacts.")] = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compile and measure a grid of recipes, and show which are worth having.
+
+    Points measured before are left as they are: start a killed run again with the same command.
+    """
+    from vlac import progress
+    from vlac.sweep.run import sweep
+    from vlac.tables import as_json
+
+    with progress.progress(json_output or quiet) as show:
+        found = sweep(
+            grid, out, workers=workers, shard=shard, executor=executor, address=address, keep=keep, progress=show
+        )
+    if json_output:
+        typer.echo(as_json(found))
+    else:
+        typer.echo((out / "sweep.md").read_text(encoding="utf-8").rstrip("\n"))
+        typer.echo(f"{found['measured']} measured now, {found['found']} before; {found['path']}")
+    if found["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command("run")

@@ -17,19 +17,7 @@ MAX_BYTES = 1 << 20
 
 def read_recipe(path: str | Path) -> tuple[str, ...]:
     """The passes of a YAML file in the form of --pass, in order. VlacError names the file and the entry."""
-    try:
-        import yaml
-    except ImportError:
-        raise VlacError("reading a recipe needs PyYAML", remedy="pip install pyyaml, or give --pass") from None
-    path = Path(path)
-    if not path.is_file():
-        raise VlacError(f"recipe {path} does not exist", remedy=f"write one:\n{FORM}")
-    if path.stat().st_size > MAX_BYTES:
-        raise VlacError(f"recipe {path} has {path.stat().st_size} bytes: that is no recipe")
-    try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise VlacError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    table = load_yaml(path, "recipe", FORM)
     if isinstance(table, dict):
         if set(table) != {"passes"}:
             raise VlacError(
@@ -39,10 +27,28 @@ def read_recipe(path: str | Path) -> tuple[str, ...]:
         table = table["passes"]
     if not isinstance(table, list):
         raise VlacError(f"recipe {path}: expected a list of passes, found {type(table).__name__}", remedy=FORM)
-    return tuple(_entry(item, f"recipe {path}, entry {i}") for i, item in enumerate(table, 1))
+    return tuple(entry(item, f"recipe {path}, entry {i}") for i, item in enumerate(table, 1))
 
 
-def _entry(item: Any, where: str) -> str:
+def load_yaml(path: str | Path, what: str, form: str) -> Any:
+    """The values of a small YAML file; VlacError says which `what` it was to be, and shows `form` for an absent one."""
+    try:
+        import yaml
+    except ImportError:
+        raise VlacError(f"reading a {what} needs PyYAML", remedy="pip install 'vlac-compiler[compile]'") from None
+    path = Path(path)
+    if not path.is_file():
+        raise VlacError(f"{what} {path} does not exist", remedy=f"write one:\n{form}")
+    if path.stat().st_size > MAX_BYTES:
+        raise VlacError(f"{what} {path} has {path.stat().st_size} bytes: that is no {what}")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise VlacError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def entry(item: Any, where: str) -> str:
+    """One pass as YAML has it -> "name:key=value,..."; VlacError says `where` it stands."""
     if isinstance(item, str):
         return item
     if not isinstance(item, dict) or len(item) != 1:
@@ -60,6 +66,6 @@ def _value(value: Any, where: str) -> str:
         return "+".join(_value(v, where) for v in value)
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, (int, float, str)) and not {",", "="} & set(str(value)):
+    if isinstance(value, (int, float, str)) and "," not in str(value):
         return str(value)
-    raise VlacError(f"{where} is {value!r:.80}; expected a number, a text without , and =, or a list of them")
+    raise VlacError(f"{where} is {value!r:.80}; expected a number, a text without commas, or a list of them")
