@@ -92,6 +92,9 @@ def test_compare_reports_each_figure_where_it_belongs() -> None:
     per_step = r["horizon"]["per_step"]
     assert [v > 0 for v in per_step] == [False, False, True, False, True, False]
     assert r["horizon"]["tail"] > r["horizon"]["executed"] > 0
+    where = np.array(r["map"]["values"])  # by step and joint, rms over observations, over the joint's range
+    assert where.shape == (6, 2) and np.count_nonzero(where) == 2
+    assert where[2, 0] == pytest.approx(0.5 / 2**0.5 / 4) and where[4, 1] == pytest.approx(7 / 2**0.5 / 10)
     assert r["jerk"]["reference"] == 0 and r["jerk"]["artifact"] > 0 and r["jerk"]["ratio"] is None
 
 

@@ -108,8 +108,8 @@ def compare(
         n_action_steps: rows a robot executes; the horizon is reported for them and for the tail apart.
 
     Returns:
-        cosine, relative_l2, max_relative (max|d| / max|reference|), max_abs, worst_sample, joints, horizon, gripper,
-        jerk: JSON values; formulas are those of this module's functions.
+        cosine, relative_l2, max_relative (max|d| / max|reference|), max_abs, worst_sample, joints, horizon, map (error
+        by step and joint), gripper, jerk: JSON values; formulas are those of this module's functions.
 
     Raises:
         InputError: shapes differ or do not fit the joints.
@@ -135,6 +135,7 @@ def compare(
         "samples": samples,
         "joints": [_joint(joint, d[:, :, i], (a - b)[:, :, i]) for i, joint in enumerate(joints)],
         "horizon": _horizon(a - b, b, n_action_steps),
+        "map": _map(a - b, b, joints),
         "gripper": {
             "joint": joints[index].name,
             "found": how,
@@ -176,6 +177,16 @@ def _horizon(difference: Floats, reference: Floats, n_action_steps: int) -> dict
         "executed": over(difference[:, :n_action_steps]),
         "executed_steps": min(n_action_steps, difference.shape[1]),
         "tail": over(difference[:, n_action_steps:]),
+    }
+
+
+def _map(difference: Floats, reference: Floats, joints: Sequence[Joint]) -> dict[str, Any]:
+    """Error per step and joint: where in the chunk, and in which joint, the drift lies. A joint without a known range
+    is measured by what the reference makes of it."""
+    spans = [j.span or float(np.ptp(reference[:, :, i])) or 1.0 for i, j in enumerate(joints)]
+    return {
+        "unit": "rms of the error over the joint's range",
+        "values": (np.sqrt(np.mean(difference**2, axis=0)) / np.array(spans)).tolist(),
     }
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from vlac import integrity, metrics
 from vlac.artifact import Artifact, Golden, open_artifact
+from vlac.bench import fingerprint
 from vlac.engines.base import EngineSession
 from vlac.errors import EngineError, InputError, VlacError
 from vlac.graph import Call, Program, Repeat
@@ -126,6 +127,7 @@ def parity(
     grade = grade_of(artifact.program)
     report: dict[str, Any] = {
         "artifact": str(artifact.path),
+        "sha256": fingerprint(artifact)["sha256"],
         "target": artifact.manifest["target"],
         "units": artifact.io.units,
         "grade": grade,
