@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from vlac.runtime.session import Session
 
 
+RECORDED_GOLDENS = 8
+"""Golden answers at least, where recorded observations lie beside the checkpoint."""
+
+
 @dataclass(frozen=True)
 class CompileResult:
     """Where the artifact is (a folder, or the .gguf file inside it) and its manifest; path is None for a dry run."""
@@ -162,6 +166,8 @@ def compile(
     recipe: str | Path | None = None,
     revision: str | None = None,
     observations: str | Path | None = None,
+    calibrate: str | Path | None = None,
+    rename: Mapping[str, str] | None = None,
     allow_promote: bool = False,
     single_file: bool = False,
     dialect: str | None = None,
@@ -182,7 +188,10 @@ def compile(
         unnorm_key: whose statistics of a checkpoint that was trained on several datasets (OpenVLA).
         embodiment: which robot of a checkpoint that knows several (GR00T).
         tokenizer: a tokenizer.json, or a folder with one, where the checkpoint holds none.
-        observations: .npz with observations for the golden answers; seeded ones are made without it.
+        observations: .npz, dataset or observations/ folder for the golden answers; default: some of those beside the
+            checkpoint, or seeded ones.
+        calibrate: the same, for passes that calibrate and name no data of their own; default likewise.
+        rename: names of cameras there -> names of the policy's cameras.
         allow_promote: accept tensors that end in another format than the target asked for.
         dialect: "qvac", "vla.cpp": a file that this other engine loads.
         goldens: how many observations are answered by the fp32 reference and stored.
@@ -194,6 +203,7 @@ def compile(
     from vlac.checkpoint import read_policy
     from vlac.goldens import answer, synthetic
     from vlac.place import check_destination, partial
+    from vlac.recorded import Recorded
     from vlac.registry import ReadOptions, families, targets
 
     entry = targets.get(target)
@@ -220,7 +230,8 @@ def compile(
             tokenizer=None if tokenizer is None else str(tokenizer),
         ),
     )
-    policy = apply_passes(original, steps)
+    given_data = None if calibrate is None else Recorded(Path(calibrate), dict(rename or {}))
+    policy = apply_passes(original.replace(recorded=given_data or original.recorded), steps)
     fitted = fit_for(policy, entry, dialect) if dialect else lower_for(policy, entry, options)
     program, requested, role = fitted
     table = m.census(requested, program, role)
@@ -230,14 +241,16 @@ def compile(
         return CompileResult(None, m.build(policy, entry, table, role, options, None, "none", title))
 
     if observations is not None:
-        from vlac.observations import load_observations
-
-        kind, given = "given", tuple(load_observations(Path(observations), policy.io))[: max(1, goldens)]
+        kind, given = "given", Recorded(Path(observations), dict(rename or {})).take(policy.io, max(1, goldens))
+    elif original.recorded is not None:
+        kind, given = "recorded", original.recorded.take(policy.io, max(RECORDED_GOLDENS, goldens))
     else:
         kind, given = "synthetic", synthetic(policy.io, max(1, goldens))
     with partial(destination, table["bytes"] + (64 << 20)) as temp:
         answered, floor = answer(original, given, progress)
         manifest = m.build(policy, entry, table, role, options, floor, kind, title)
+        if given_data is not None:
+            manifest["calibration"] = given_data.describe()
         sidecars = Sidecars(str(program), policy.io.to_json(), manifest, policy.tokenizer, write_goldens(answered))
         if dialect:
             _dialect(entry, dialect).emit(policy, program, sidecars, temp, progress)

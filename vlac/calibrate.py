@@ -18,8 +18,8 @@ from vlac.engines.base import EngineSession, NpArray, Values
 from vlac.errors import Inapplicable, VlacError
 from vlac.goldens import reference_session, synthetic
 from vlac.graph import Program, check
-from vlac.observations import load_observations
 from vlac.policy import Policy
+from vlac.recorded import Recorded
 from vlac.registry import families
 from vlac.runtime.inputs import samples
 from vlac.runtime.session import execute, prepare
@@ -45,12 +45,14 @@ def draw(policy: Policy) -> Program:
 
 
 def observations(policy: Policy, samples: int, path: str = "") -> tuple[Golden, ...]:
-    """The first `samples` observations of an .npz file (vlac/observations.py), or seeded ones when `path` is empty."""
+    """`samples` observations of a dataset, an observations/ folder or an .npz (vlac/recorded.py).
+
+    Without `path`: of what the policy was given to calibrate on or has beside its checkpoint, else seeded ones.
+    """
     if samples < 1:
         raise Inapplicable(f"samples={samples}: at least 1 observation is needed to calibrate")
-    if not path:
-        return synthetic(policy.io, samples, seed=SEED)
-    return load_observations(Path(path), policy.io)[:samples]
+    recorded = Recorded(Path(path)) if path else policy.recorded
+    return synthetic(policy.io, samples, seed=SEED) if recorded is None else recorded.take(policy.io, samples)
 
 
 class _Watched(EngineSession):

@@ -12,6 +12,7 @@ from vlac.gguf_dialects import foreign_file
 from vlac.policy import Policy, Source
 from vlac.readers.hub import policy_folder, resolve
 from vlac.readers.safetensors_file import weight_files
+from vlac.recorded import Recorded, beside
 from vlac.registry import Reader, ReadOptions, readers
 
 SMALL = 4 << 20
@@ -30,7 +31,13 @@ def read_policy(checkpoint: str, options: ReadOptions | None = None) -> Policy:
     policy = _reader(path).read(path, options)
     inside = f"{path}{os.sep}"
     warnings = tuple(w.replace(inside, "") for w in policy.warnings)  # they go into artifacts
-    return policy.replace(source=_source(checkpoint, path, options), warnings=warnings)
+    return policy.replace(source=_source(checkpoint, path, options), warnings=warnings, recorded=beside(path))
+
+
+def recorded_beside(checkpoint: str, revision: str | None = None) -> Recorded | None:
+    """The observations/ folder in a checkpoint's folder, if there is one; VlacError when there is no checkpoint."""
+    path = resolve(checkpoint, revision)
+    return beside(foreign_file(path) or policy_folder(path))
 
 
 def _reader(path: Path) -> Reader:

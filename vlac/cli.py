@@ -43,6 +43,10 @@ DialectOf = Annotated[
 ]
 Save = Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the report there as well, for `report`.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+Rename = Annotated[
+    list[str] | None,
+    typer.Option("--rename", metavar="THEIRS=OURS", help="A camera of the data under the policy's name; repeatable."),
+]
 
 
 def guarded(command: F) -> F:
@@ -227,8 +231,13 @@ def compile_command(
     revision: Revision = None,
     observations: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.npz", help="Observations for the golden answers; default: seeded ones."),
+        typer.Option(metavar="FILE.npz|DIR", help="Observations for the golden answers; default: seeded ones."),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Recorded data (LeRobotDataset) for the passes that calibrate."),
+    ] = None,
+    rename: Rename = None,
     allow_promote: Annotated[
         bool, typer.Option("--allow-promote", help="Accept tensors that end in another format than asked for.")
     ] = False,
@@ -261,6 +270,8 @@ def compile_command(
             no_stats=no_stats,
             revision=revision,
             observations=observations,
+            calibrate=calibrate,
+            rename=key_values(rename, "--rename"),
             allow_promote=allow_promote,
             single_file=single_file,
             dialect=dialect,
@@ -282,8 +293,15 @@ def parity_command(
         typer.Option(metavar="CKPT", help="The untouched checkpoint; default: the answers stored with the data."),
     ] = None,
     observations: Annotated[
-        Path | None, typer.Option(metavar="FILE.npz", help="Observations; default: the artifact's golden ones.")
+        Path | None, typer.Option(metavar="FILE.npz|DIR", help="Observations; default: the artifact's golden ones.")
     ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Frames of a LeRobotDataset, spread over its episodes.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="How many observations at most; default: 16 of a dataset, else all.")
+    ] = None,
+    rename: Rename = None,
     engine: Engine = None,
     threads: Threads = None,
     limit: Annotated[
@@ -313,9 +331,17 @@ def parity_command(
     from vlac import progress
     from vlac.adopt import runnable
     from vlac.parity import parity
+    from vlac.recorded import Recorded
     from vlac.registry import ReadOptions
     from vlac.report import parity_text
     from vlac.tables import as_json
+
+    if dataset is not None and (observations is not None or ablate):
+        raise InputError(
+            f"--dataset together with {'--ablate' if ablate else '--observations'}", remedy="give one of them"
+        )
+    data = dataset or observations
+    given = None if data is None else Recorded(data, key_values(rename, "--rename"))
 
     how = any((revision, stats_key, stats_from, no_stats, spec, unnorm_key, embodiment, tokenizer))
     read = ReadOptions(
@@ -346,7 +372,8 @@ def parity_command(
         report = parity(
             artifact,
             reference=reference,
-            observations=observations,
+            observations=given,
+            frames=frames,
             engine=engine,
             threads=threads,
             limits=limit or (),

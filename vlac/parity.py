@@ -27,6 +27,7 @@ from vlac.graph import Call, Program, Repeat
 from vlac.io import IO
 from vlac.metrics import Joint, Limit
 from vlac.observations import load_observations
+from vlac.recorded import Recorded, beside
 from vlac.registry import Progress, ReadOptions, silent
 from vlac.runtime.actions import apply_action_steps
 from vlac.runtime.inputs import samples
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["load_observations", "parity"]
 
 NpArray = np.ndarray[Any, Any]
+DATASET_FRAMES = 16
+"""Frames of a dataset that are asked about when nobody says how many."""
 CALLS = 3
 """How often an engine answers the first observation, to be compared with itself."""
 NUMPY_LIMIT = 20_000_000
@@ -97,7 +100,8 @@ def parity(
     path: str | Path,
     *,
     reference: str | None = None,
-    observations: str | Path | None = None,
+    observations: str | Path | Recorded | None = None,
+    frames: int | None = None,
     engine: str | None = None,
     threads: int | None = None,
     limits: Sequence[str] = (),
@@ -109,7 +113,9 @@ def parity(
     Args:
         path: the artifact.
         reference: the checkpoint it came from, run in fp32; None = answers stored with the observations.
-        observations: an .npz (layout: vlac.observations); None = the artifact's golden observations.
+        observations: a dataset, an observations/ folder or an .npz (vlac.recorded); None = with `reference`, the
+            observations/ folder beside the artifact or the reference if there is one, else the golden observations.
+        frames: how many observations at most; None = DATASET_FRAMES of a dataset, else all.
         engine: which engine runs the artifact; None = the best here.
         limits: "cos>=0.999", "compiler.max<=1e-4"; they replace the defaults of their question.
         read: how to read `reference` (revision, statistics, spec).
@@ -121,7 +127,7 @@ def parity(
     artifact = open_artifact(path)
     progress("checking every byte", 0, 0)
     integrity.verify(artifact)
-    given, source = _observations(artifact, observations)
+    given, source = _observations(artifact, observations, frames, reference, read)
     chosen = choose_engine(artifact, engine)
     name = chosen.name
     grade = grade_of(artifact.program)
@@ -144,7 +150,7 @@ def parity(
     report["repeats"] = mine.repeats
     report["compiler"] = _compiler(artifact, name, given, mine, wanted, grade, threads, progress, report["not_asked"])
     report["cost"] = _cost(artifact, reference, read, given, source, mine, wanted, grade, progress, report["not_asked"])
-    asked = [report[q] for q in ("compiler", "cost") if report[q] is not None]
+    asked: list[dict[str, Any]] = [report[q] for q in ("compiler", "cost") if report[q] is not None]
     report["ok"] = bool(asked) and all(q["ok"] for q in asked)
     return report
 
@@ -161,10 +167,22 @@ def grade_of(program: Program) -> str:
     return max(kept, key=FORMATS.index, default="f32")
 
 
-def _observations(artifact: Artifact, file: str | Path | None) -> tuple[tuple[Golden, ...], str]:
-    if file is not None:
-        return load_observations(Path(file), artifact.io), f"given: {Path(file).name}"
-    goldens = artifact.goldens()
+def _observations(
+    artifact: Artifact,
+    where: str | Path | Recorded | None,
+    frames: int | None,
+    reference: str | None,
+    read: ReadOptions | None,
+) -> tuple[tuple[Golden, ...], str]:
+    if where is None and reference is not None:
+        from vlac.checkpoint import recorded_beside
+
+        where = beside(artifact.path) or recorded_beside(reference, read.revision if read else None)
+    if where is not None:
+        recorded = where if isinstance(where, Recorded) else Recorded(Path(where))
+        count = frames or (DATASET_FRAMES if recorded.is_dataset else None)
+        return recorded.take(artifact.io, count), recorded.describe()
+    goldens = artifact.goldens()[:frames]
     if not goldens:
         raise InputError(
             f"{artifact.path} carries no golden observations",
@@ -354,7 +372,7 @@ def _cost(
     grade: str,
     progress: Progress,
     not_asked: list[str],
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     # a recipe of passes is lossy on purpose: without limits of the caller's it is judged as the coarsest format is
     changed = any(h.get("name") != "quantize-weights" for h in artifact.manifest.get("history", ()))
     defaults = COST_LIMITS[FORMATS[-1] if changed else grade]
@@ -366,6 +384,9 @@ def _cost(
         floor_from = "two noise seeds of the reference, run now"
     else:
         if any(g.chunk.size == 0 for g in given):
+            if source.startswith("dataset ") and not any(x.question == "cost" for x in wanted):
+                not_asked.append("2. What did the recipe cost? A dataset holds no reference chunks; give --reference.")
+                return None
             raise InputError(
                 f"the observations ({source}) hold no reference chunks",
                 remedy="give --reference CKPT, or a file with obs{i}/chunk",

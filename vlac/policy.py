@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlac.io import IO
 from vlac.spec import FlowSpec
 from vlac.weights import Weights
+
+if TYPE_CHECKING:
+    from vlac.recorded import Recorded
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Policy:
         history: what was applied. source: where it came from. warnings: what a person should know.
         ignored: config keys that do not act on inference, listed by `inspect`.
         parameters: how many the checkpoint holds, dead ones included (the number people call the model by).
+        recorded: observations that calibration takes when a pass names none, and that golden answers are made of.
     """
 
     family: str
@@ -66,6 +70,7 @@ class Policy:
     warnings: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     parameters: int = 0
+    recorded: Recorded | None = None
 
     def replace(self, **changes: Any) -> Policy:
         return dataclasses.replace(self, **changes)
