@@ -165,7 +165,13 @@ class Graph:
 def _infos(values: Sequence[Value]) -> list[Any]:
     from onnx import helper
 
-    return [helper.make_tensor_value_info(n, onnx_type(_ONNX_OF_TYPE[t.dtype]), t.shape) for n, t in values]
+    # a dimension with symbols is named by its formula: equal formulas are equal dimensions
+    return [
+        helper.make_tensor_value_info(
+            n, onnx_type(_ONNX_OF_TYPE[t.dtype]), [d if isinstance(d, int) else str(d) for d in t.shape]
+        )
+        for n, t in values
+    ]
 
 
 def _inline(name: str, array: NpArray) -> Any:

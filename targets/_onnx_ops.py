@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from vlac.artifact import NpArray
+from vlac.dims import Affine, Dim
 from vlac.errors import Unsupported
 from vlac.graph import Node, Program, Stage, infer_stage
 from vlac.layouts import INT4_BLOCK
-from vlac.ops import OPS, Type
+from vlac.ops import DTYPES, OPS, Type
 from vlac.targets._onnx_attention import emit_integer_attention, integer_attention
+from vlac.targets._onnx_extents import emit_dim, is_static
 from vlac.targets._onnx_graph import MICROSOFT, Graph, Weight, onnx_type
 from vlac.targets._onnx_ranges import Range
 
@@ -47,7 +49,7 @@ class StageEmitter:
 
     Args:
         graph: where nodes go.
-        program: bound (no symbols).
+        program: what symbols it has left become free dimensions of the graph.
         ranges: of the stage's integer values (vlac.targets._onnx_ranges).
         form: "portable", "integer" or "linears", see above.
         given: names in the graph of the stage's inputs; prefix: before every name this emitter makes.
@@ -94,7 +96,9 @@ class StageEmitter:
     def _fold(self, node: Node) -> bool:
         """Index arithmetic that depends on nothing is evaluated here."""
         op, out = OPS[node.op], self.types[node.name]
-        if not op.host or any(i not in self.constants for i in node.inputs) or 4 * math.prod(ints(out)) > FOLD_BYTES:
+        if not op.host or any(i not in self.constants for i in node.inputs) or not is_static(out.shape):
+            return False
+        if not is_static(node.attr.values()) or 4 * math.prod(ints(out)) > FOLD_BYTES:
             return False
         self.constants[node.name] = np.asarray(op.reference([self.constants[i] for i in node.inputs], node.attr))
         return True
@@ -110,9 +114,20 @@ class StageEmitter:
         return self._names[operand]
 
     def shape(self, operand: str) -> tuple[int, ...]:
+        """Shape of an operand; -1 for a dimension with symbols, as a Reshape takes it (at most one)."""
         if operand.startswith("@"):
             return self.program.params[operand[1:]].shape
-        return ints(self.types[operand])
+        return tuple(d if isinstance(d, int) else -1 for d in self.types[operand].shape)
+
+    def extent(self, *dims: Dim) -> str:
+        """Dimensions as an i64 vector; those with symbols are taken from the shapes of the stage's inputs."""
+        parts = [self.i64(d) if isinstance(d, int) else self._free(d) for d in dims]
+        if is_static(dims) or len(parts) == 1:
+            return parts[0] if len(parts) == 1 else self.i64(*ints(Type("i32", dims)))
+        return str(self.once(("extent", dims), lambda: self.node("Concat", parts, self.graph.unique("extent"), axis=0)))
+
+    def _free(self, dim: Affine) -> str:
+        return str(self.once(("dim", dim), lambda: emit_dim(self.graph, dim, self.stage.inputs, self._names)))
 
     def tmp(self, out: str, suffix: str) -> str:
         """A name for a helper value of `out`."""
@@ -146,6 +161,10 @@ class StageEmitter:
     def reshape(self, x: str, out: str, *shape: int) -> str:
         return self.node("Reshape", [x, self.graph.const(shape, np.int64)], out)
 
+    def scalar(self, x: str) -> str:
+        """A vector of one as a number."""
+        return self.node("Squeeze", [x], self.tmp(x, "number"))
+
     def transpose(self, x: str, out: str, *perm: int) -> str:
         return self.node("Transpose", [x], out, perm=list(perm))
 
@@ -168,8 +187,16 @@ def ints(t: Type) -> tuple[int, ...]:
 
 @_emits("arange", "full")
 def _(e: StageEmitter, n: Node, out: str) -> None:
-    """Only those too large to fold arrive here."""
-    e.node("Identity", [e.graph.const(OPS[n.op].reference([], n.attr))], out)
+    """Only those that are too large to fold or hold symbols arrive here."""
+    a = n.attr
+    if is_static(a.values()):
+        e.node("Identity", [e.graph.const(OPS[n.op].reference([], a))], out)
+    elif n.op == "full":
+        value = e.graph.const(np.full(1, a["value"], DTYPES[a["dtype"]]))
+        e.node("Expand", [value, e.extent(*a["shape"])], out)
+    else:
+        ends = [e.scalar(e.extent(a[k])) for k in ("start", "stop")]
+        e.cast(e.node("Range", [*ends, e.graph.const(1, np.int64)], e.tmp(out, "range")), out, "i32")
 
 
 @_emits("cast")
@@ -191,7 +218,8 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
 def _(e: StageEmitter, n: Node, out: str) -> None:
     (count,), times = e.shape(n.inputs[0]), n.attr["times"]
     column = e.reshape(e(n.inputs[0]), e.tmp(out, "column"), count, 1)
-    e.reshape(e.node("Expand", [column, e.i64(count, times)], e.tmp(out, "expanded")), out, count * times)
+    wide = e.node("Expand", [column, e.i64(1, times)], e.tmp(out, "expanded"))
+    e.reshape(wide, out, *e.shape(n.name))
 
 
 @_emits("attention_mask")
@@ -232,12 +260,16 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
 @_emits("slice")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     a = n.attr
-    e.node("Slice", [e(n.inputs[0]), e.i64(a["start"]), e.i64(a["stop"]), e.i64(a["axis"])], out)
+    e.node("Slice", [e(n.inputs[0]), e.extent(a["start"]), e.extent(a["stop"]), e.i64(a["axis"])], out)
 
 
 @_emits("reshape")
 def _(e: StageEmitter, n: Node, out: str) -> None:
-    e.reshape(e(n.inputs[0]), out, *n.attr["shape"])
+    shape = n.attr["shape"]
+    if sum(not isinstance(d, int) for d in shape) > 1:
+        e.node("Reshape", [e(n.inputs[0]), e.extent(*shape)], out)
+    else:
+        e.reshape(e(n.inputs[0]), out, *e.shape(n.name))
 
 
 @_emits("transpose")
@@ -254,7 +286,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
 
 @_emits("tile")
 def _(e: StageEmitter, n: Node, out: str) -> None:
-    e.node("Expand", [e(n.inputs[0]), e.i64(*ints(e.types[n.name]))], out)
+    e.node("Expand", [e(n.inputs[0]), e.extent(*e.types[n.name].shape)], out)
 
 
 @_emits("patchify")
@@ -406,7 +438,11 @@ def _quantize_rows(e: StageEmitter, x: str) -> tuple[str, str]:
     negated = e.node("Neg", [least], e.tmp(name, "neg"))
     absmax = e.node("Max", [most, negated, e.f32(1e-8)], e.tmp(name, "absmax"))
     scale = e.node("Mul", [absmax, e.f32(1 / 127)], e.tmp(name, "scale"))
-    zeros = e.graph.const(np.full(rows, 128, np.uint8))
+    if rows > 0:
+        zeros = e.graph.const(np.full(rows, 128, np.uint8))
+    else:
+        extent = e.node("Shape", [scale], e.tmp(name, "rows"))
+        zeros = e.node("Expand", [e.graph.const([128], np.uint8), extent], e.tmp(name, "zeros"))
     quantized = e.node("QuantizeLinear", [name, scale, zeros], e.tmp(name, "u8"), axis=0)
     return quantized, e.reshape(scale, e.tmp(name, "scales"), rows, 1)
 
@@ -428,7 +464,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     if n.attr["scale"] != 1.0:
         q = e.once(("scaled", q, n.attr["scale"]), lambda: e.node("Mul", [q, e.f32(n.attr["scale"])], e.tmp(out, "q")))
     q = e.transpose(e.reshape(q, e.tmp(out, "q4"), queries, groups, per, d), e.tmp(out, "qt"), 1, 2, 0, 3)
-    q = e.reshape(q, e.tmp(out, "q3"), groups, per * queries, d)
+    q = e.reshape(q, e.tmp(out, "q3"), groups, per * queries if queries > 0 else -1, d)
     k = e.transpose(e.reshape(k, e.tmp(out, "k3"), keys, groups, d), e.tmp(out, "kt"), 1, 2, 0)
     v = e.transpose(e.reshape(v, e.tmp(out, "v3"), keys, groups, v_dim), e.tmp(out, "vt"), 1, 0, 2)
     scores = e.node("MatMul", [q, k], e.tmp(out, "scores"))

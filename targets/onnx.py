@@ -1,9 +1,9 @@
 """Targets onnx-fp32, onnx-fp16, onnx-int8, onnx-int4: a folder, one ONNX file per stage, for ONNX Runtime and OpenVINO.
 
-{stage}.onnx holds the graph (static shapes: every symbol at its largest value), {stage}.onnx.data the weights, aligned
-for mapping. int8 has more graphs per stage over the same data file, {stage}.portable.onnx, and {stage}.linears.onnx
-where there is long attention (see _onnx_ops.py).
-manifest["onnx"] tells which graph is which.
+{stage}.onnx holds the graph, {stage}.onnx.data the weights, aligned for mapping. What the number of prompt tokens, of
+cameras or of actions decides is a free dimension of the graph: padding is not computed. int8 has more graphs per
+stage over the same data file, {stage}.portable.onnx, and {stage}.linears.onnx where there is long attention (see
+_onnx_ops.py). manifest["onnx"] tells which graph is which.
 `--single-file` writes one model.onnx that makes the whole chunk (see _onnx_single.py).
 """
 
@@ -26,6 +26,8 @@ from vlac.targets._onnx_ranges import Range, ranges
 ENGINES = ("onnxruntime", "openvino")
 _WIDTHS = {"fp16": ("f16", "f16"), "int8": ("int8", "int8"), "int4": ("int4", "int8"), "fp32": ("f32", "f32")}
 """precision -> formats of (weights of linears, embedding tables); everything else is f32."""
+STATIC_OPS = ("column_mean", "pack_codes", "unpack_codes")
+"""Ops that are written for known shapes only."""
 
 
 def _plan(precision: str) -> Callable[[str, tuple[int, ...], str], str]:
@@ -34,17 +36,19 @@ def _plan(precision: str) -> Callable[[str, tuple[int, ...], str], str]:
 
 
 def lower(program: Program, options: Mapping[str, Any]) -> Program:
-    """Static shapes, and linears padded to the blocks of their format."""
+    """Linears padded to the blocks of their format; all shapes static where the graph must be."""
     from vlac.lower import pad_to_blocks
 
     _need_onnx()  # here, before the reference spends a minute on golden answers
-    return pad_to_blocks(program.bind(program.max_symbols()))
+    ops = {n.op for s in program.stages for n in s.nodes}
+    static = options.get("single_file") or not ops.isdisjoint(STATIC_OPS)
+    return pad_to_blocks(program.bind(program.max_symbols()) if static else program)
 
 
 def emit(program: Program, sidecars: Sidecars, folder: Path, options: Mapping[str, Any], progress: Progress) -> None:
     """Writes the folder; peak memory is a few copies of the largest tensor."""
     store = TensorStore(folder, program, progress)
-    bounds = ranges(program)
+    bounds = ranges(program.bind(program.max_symbols()))
     if options.get("single_file"):
         from vlac.targets._onnx_single import write_single
 

@@ -154,7 +154,8 @@ def _snippets(program: Program, stage: str, device: str) -> dict[str, str]:
 
 def _few_rows(stage: Stage, program: Program) -> bool:
     """Whether the stage has attention, or a linear after another linear, over less than FEW_ROWS rows."""
-    types = infer_stage(stage, program.params)
+    least = {s.name: s.buckets[0] for s in program.symbols}
+    types = infer_stage(program.bind(least).stage(stage.name), program.params)
 
     def few(value: str) -> bool:
         shape = types[value].shape if value in types else ()

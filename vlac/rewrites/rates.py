@@ -57,7 +57,7 @@ def _split(draft: Draft, step: Call) -> None:
 
 
 def still_rows(nodes: Sequence[Node], fast: Sequence[str], types: Mapping[str, Type]) -> dict[str, Dim]:
-    """For every value that depends on `fast`, how many of its first rows do not (0: all may); `types` with "@weights"."""
+    """For every value that depends on `fast`, how many of its first rows do not (0: all may); `types` knows weights."""
     found: dict[str, Dim] = dict.fromkeys(fast, 0)
     made = {n.name: n for n in nodes}
     for n in nodes:
