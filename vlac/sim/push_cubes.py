@@ -7,6 +7,8 @@ Success is geometric: the named cube has moved far enough the named way, not asi
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +72,9 @@ class Physics:
 class PushCubes(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     """The Gymnasium environment; the same seed and actions give the same episode, to the pixel."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
-
     def __init__(self, image_size: int = 64, max_steps: int = 80, render_mode: str | None = "rgb_array"):
         self.image_size, self.max_steps, self.render_mode = image_size, max_steps, render_mode
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
         box = gymnasium.spaces.Box
         picture = box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = gymnasium.spaces.Dict(
@@ -86,6 +87,7 @@ class PushCubes(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         self.instruction, self.target, self.direction = INSTRUCTIONS[0], "red", "left"
         self._random = np.random.Generator(np.random.PCG64(0))
         self._place({"red": (0.3, 0.3), "blue": (0.7, 0.7)}, {"red": 0.0, "blue": 0.0}, (0.5, 0.5), Physics(4, 0.4, 1))
+        _OPEN.add(self)
 
     # -- Gymnasium -----------------------------------------------------------------------------------------------------
 
@@ -103,9 +105,7 @@ class PushCubes(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         )
         centres = self._draw_centres()
         angles = {name: float(draw.uniform(-0.3, 0.3)) for name in CUBES}
-        start: Vector = draw.uniform(0.06, 0.94, 2)
-        while any(np.hypot(*(start - c)) < _CLEAR for c in centres.values()):
-            start = draw.uniform(0.06, 0.94, 2)
+        start = self._draw_start(centres)
         drawn = INSTRUCTIONS[int(draw.integers(len(INSTRUCTIONS)))]
         self._instruct((options or {}).get("instruction") or drawn)
         self._place({k: (v[0], v[1]) for k, v in centres.items()}, angles, (start[0], start[1]), physics)
@@ -113,7 +113,7 @@ class PushCubes(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
 
     def step(self, action: npt.NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """One control step. The displacement is shortened to MAX_STEP, and the pusher stays on the table."""
-        move = np.asarray(action, np.float64).reshape(2)
+        move: Vector = np.asarray(action, np.float64).reshape(2)
         move = np.where(np.isfinite(move), move, 0.0)
         length = float(np.sqrt(move[0] * move[0] + move[1] * move[1]))
         if length > MAX_STEP:
@@ -141,6 +141,11 @@ class PushCubes(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
         canvas.square(goal[0], goal[1], HALF, 1, 0, _TABLE)
         self._paint(canvas)
         return canvas.pixels()
+
+    def close(self) -> None:
+        """Frees the physics; the environment is not usable afterwards."""
+        for name in ("_space", "_cubes", "_pusher"):
+            self.__dict__.pop(name, None)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -175,6 +180,13 @@ class PushCubes(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
             a, b = self._random.uniform(_MARGIN, 1 - _MARGIN, (2, 2))
             if min(abs(a - b)) >= _APART:
                 return dict(zip(CUBES, (a, b), strict=True))
+
+    def _draw_start(self, centres: dict[str, Vector]) -> Vector:
+        """Of the pusher: anywhere but at the cubes."""
+        while True:
+            start: Vector = self._random.uniform(0.06, 0.94, 2)
+            if all(np.hypot(*(start - c)) >= _CLEAR for c in centres.values()):
+                return start
 
     def _instruct(self, instruction: str) -> None:
         if instruction not in _MEANING:
@@ -241,6 +253,16 @@ class PushCubes(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
             "direction": self.direction,
             "success": self.success,
         }
+
+
+_OPEN: weakref.WeakSet[PushCubes] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """pymunk must not be freed after its own module at the end of the process."""
+    for env in list(_OPEN):
+        env.close()
 
 
 def _cube(space: pymunk.Space, centre: tuple[float, float], angle: float, physics: Physics) -> pymunk.Body:
