@@ -17,6 +17,7 @@ from vlac.artifact import Sidecars
 from vlac.errors import VlacError
 from vlac.graph import Program, Stage, infer_stage
 from vlac.registry import Progress, Target, targets
+from vlac.targets import _onnx_codes as _onnx_codes  # its emitters join the table
 from vlac.targets._folder import TensorStore, write_sidecars
 from vlac.targets._onnx_attention import integer_attention
 from vlac.targets._onnx_graph import Graph, graph_names

@@ -103,9 +103,9 @@ def attention_case(nq: int, nk: int, heads: int, kv: int, d: int, e: int, mask: 
     )
 
 
-def packed(rows: int, width: int, bits: int, d: int) -> NpArray:
+def packed(rows: int, width: int, bits: int, d: int, form: str) -> NpArray:
     """Codes that pack_codes could give."""
-    return kv_codes.encode(normal(rows, width), None, bits, d, 0, "norm")
+    return kv_codes.encode(normal(rows, width), None, bits, d, 0, "norm", form)
 
 
 CAUSAL = np.tril(np.ones((7, 7), dtype=bool))
@@ -189,11 +189,17 @@ CASES: tuple[Case, ...] = (
     case("rope", normal(130, 64), bools("110" + "1" * 127), head_dim=64, base=10000.0),
     case("column_mean", normal(5, 12), bools("10110")),
     case("column_mean", normal(1, 3)),
-    case("pack_codes", normal(5, 24), bits=4, head_dim=12, seed=0, scale="norm"),
-    case("pack_codes", normal(7, 64), normal(1, 64), bits=3, head_dim=64, seed=5, scale="least_squares"),
-    case("pack_codes", normal(1, 18) * 0, bits=8, head_dim=6, seed=1, scale="raw"),
-    case("unpack_codes", packed(5, 24, 4, 12), bits=4, head_dim=12, seed=0),
-    case("unpack_codes", packed(7, 64, 3, 64), normal(1, 64), bits=3, head_dim=64, seed=5),
+    case("pack_codes", normal(5, 24), bits=4, head_dim=12, seed=0, scale="norm", form="groups"),
+    case("pack_codes", normal(9, 256), bits=2, head_dim=128, seed=2, scale="norm", form="groups"),
+    case("pack_codes", normal(7, 64), normal(1, 64), bits=3, head_dim=64, seed=5, scale="least_squares", form="head"),
+    case("pack_codes", normal(4, 128), bits=5, head_dim=64, seed=-1, scale="least_squares", form="groups"),
+    case("pack_codes", normal(3, 72), bits=4, head_dim=36, seed=3, scale="raw", form="inner"),
+    case("pack_codes", normal(1, 18) * 0, bits=8, head_dim=6, seed=1, scale="raw", form="head"),
+    case("unpack_codes", packed(5, 24, 4, 12, "groups"), bits=4, head_dim=12, seed=0, form="groups"),
+    case("unpack_codes", packed(6, 256, 8, 128, "groups"), bits=8, head_dim=128, seed=1, form="groups"),
+    case("unpack_codes", packed(7, 64, 3, 64, "head"), normal(1, 64), bits=3, head_dim=64, seed=5, form="head"),
+    case("unpack_codes", packed(4, 72, 5, 36, "inner"), bits=5, head_dim=36, seed=0, form="inner"),
+    case("unpack_codes", packed(3, 128, 5, 64, "groups"), bits=5, head_dim=64, seed=-1, form="groups"),
     case("time_embedding", np.array([[1.0]], np.float32), dim=24, min_period=4e-3, max_period=4.0),
     case("time_embedding", np.array([[0.9], [0.1]], np.float32), dim=6, min_period=4e-3, max_period=4.0),
 )

@@ -291,8 +291,10 @@ def _repeat_each(t: Sequence[Type], a: Attrs) -> Type:
 def _head_width(a: Attrs) -> tuple[int, int]:
     """(numbers, words) of one head of one row of packed codes."""
     _need(a["bits"] in kv_codes.BITS, f"bits {a['bits']}, expected one of {', '.join(map(str, kv_codes.BITS))}")
-    _need(0 < a["head_dim"] <= 4096 and 0 <= a["seed"] < 2**31, f"head_dim {a['head_dim']}, seed {a['seed']}")
-    return a["head_dim"], kv_codes.words(a["bits"], a["head_dim"])
+    _need(0 < a["head_dim"] <= 4096 and -1 <= a["seed"] < 2**31, f"head_dim {a['head_dim']}, seed {a['seed']}")
+    _need(a["form"] in kv_codes.FORMS, f"form {a['form']!r}, expected one of {', '.join(kv_codes.FORMS)}")
+    _need(a["form"] != "inner" or a["bits"] - 1 in kv_codes.BITS, f"form inner of {a['bits']} bits")
+    return a["head_dim"], kv_codes.words(a["bits"], a["head_dim"], a["form"])
 
 
 def _pack(t: Sequence[Type], a: Attrs) -> Type:
@@ -608,23 +610,25 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     return kv_codes.column_mean(x[0], x[1] if len(x) > 1 else None)
 
 
-@_op("pack_codes", "x mean?", _pack, host=True, bits="int", head_dim="int", seed="int", scale="str")
+@_op("pack_codes", "x mean?", _pack, host=True, bits="int", head_dim="int", seed="int", scale="str", form="str")
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
-    """Every head of every row of x - mean [N, G*d] as codes of `bits` bits and a float16 scale: i32 [N, G*words].
+    """Every head of every row of x - mean [N, G*d] as codes of `bits` bits and scales: i32 [N, G*words].
 
-    The head times R(d, seed) (vlac.rotations), over its norm / sqrt(d): y. Code: the nearest level of the Lloyd-Max
-    table for d and bits (vlac.kv_codes), ties to the lower; q are the levels. Scale: "norm" |x|/|q|, "least_squares"
-    |x| <q,y> / (sqrt(d) <q,q>), "raw" |x|/sqrt(d). Words: codes as a stream of bits, value by value, lowest bit first,
-    padded to a whole word; then the scale's 16 bits. Computed in float64, so that every engine gives the same codes.
+    The head times R(d, seed) (vlac.rotations; seed -1: as it is), over its norm / sqrt(d): y. Code: the nearest level
+    of the Lloyd-Max table for d and bits, looked up in cells; q are the levels. Scale: "norm" |x|/|q|, "least_squares"
+    |x| <q,y> / (sqrt(d) <q,q>), "raw" |x|/sqrt(d). form "groups": q times the factor, of 16, that suits each group of
+    entries best; "head": no factors; "inner": one bit less, and the signs of another rotation of what is left. Words:
+    see vlac.kv_codes. Computed in float64 by engines that can, so that they give the same codes.
     """
     mean = x[1] if len(x) > 1 else None
-    return kv_codes.encode(x[0], mean, a["bits"], a["head_dim"], a["seed"], a["scale"])
+    return kv_codes.encode(x[0], mean, a["bits"], a["head_dim"], a["seed"], a["scale"], a["form"])
 
 
-@_op("unpack_codes", "codes mean?", _unpack, host=True, bits="int", head_dim="int", seed="int")
+@_op("unpack_codes", "codes mean?", _unpack, host=True, bits="int", head_dim="int", seed="int", form="str")
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
-    """What pack_codes stands for: (scale * levels) R(d, seed)^T + mean, f32 [N, G*d]."""
-    return kv_codes.decode(x[0], x[1] if len(x) > 1 else None, a["bits"], a["head_dim"], a["seed"])
+    """What pack_codes stands for: (scale * factors * levels) R(d, seed)^T + mean, f32 [N, G*d]."""
+    mean = x[1] if len(x) > 1 else None
+    return kv_codes.decode(x[0], mean, a["bits"], a["head_dim"], a["seed"], a["form"])
 
 
 @_op("time_embedding", "t", _time, host=True, dim="int", min_period="float", max_period="float")

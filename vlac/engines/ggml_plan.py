@@ -86,12 +86,12 @@ def plan_stage(stage: Stage, params: Mapping[str, Param], able: Container[str]) 
 
 
 def _after(graph: Mapping[str, Node], types: Mapping[str, Type]) -> dict[str, Node]:
-    """An argmax and the index arithmetic behind it, where nothing of the graph reads them: the host does these, because
-    ggml's own argmax takes the last of equal values."""
+    """An argmax or packed codes, and the index arithmetic behind it, where nothing of the graph reads them: the host
+    does these, because ggml's own argmax takes the last of equal values and packs nothing."""
     after: dict[str, Node] = {}
     for name, n in graph.items():
         follows = OPS[n.op].host and types[name].dtype != "f32" and any(i in after for i in n.inputs)
-        if n.op == "argmax" or follows:
+        if n.op in ("argmax", "column_mean", "pack_codes") or follows:
             after[name] = n
     read = {i for name, n in graph.items() if name not in after for i in n.inputs}
     return {} if read & set(after) else after

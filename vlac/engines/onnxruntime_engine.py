@@ -19,10 +19,8 @@ from vlac.engines.base import Engine, EngineSession, NpArray, Values
 from vlac.engines.onnx_files import SINGLE, default_threads, graph_files, integer_formats
 from vlac.errors import EngineError
 
-DECLINES: Mapping[str, str] = dict.fromkeys(
-    ("column_mean", "pack_codes", "unpack_codes"), "packed keys and values have no ONNX form here; use a gguf target"
-)
-"""op -> why this engine does not run it."""
+DECLINES: Mapping[str, str] = {}
+"""op -> why this engine does not run it; none."""
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU = "CPUExecutionProvider"

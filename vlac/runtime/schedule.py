@@ -38,7 +38,8 @@ def execute(
         env, symbols: from `prepare`.
         taps: if given, collects the outputs of every stage by name, and what a repeated stage carries on from a runtime
             input (noise) after each turn ("x_after_step0", ...).
-        stats: if given, collects milliseconds per stage ("vision_ms": all cameras together, ...).
+        stats: if given, collects milliseconds per stage ("vision_ms": all cameras together, ...), and for a repeated
+            stage how many bytes of earlier stages' results it reads in every turn ("flow_held_bytes").
         collected: if given, receives what a Repeat collects over its turns, by name; of an artifact that is one graph
             only its result.
         reuse: if given, stages whose inputs it knows are not run. Not together with `taps`.
@@ -64,6 +65,8 @@ def execute(
         started = time.perf_counter()
         out = _run_step(program, engine, step, values, symbols, taps, reuse)
         _note(stats, step.stage, started)
+        if stats is not None and isinstance(step, Repeat):
+            stats[f"{step.stage}_held_bytes"] = _held(program, step, values)
         values.update(out)
         if taps is not None:
             taps.update(out)
@@ -93,6 +96,12 @@ def per_token(program: Program, stats: Mapping[str, float], tokens: NpArray | No
     if tokens is None or not len(tokens):
         return {}
     return {f"{stage}_token_ms": stats[f"{stage}_ms"] / len(tokens) for stage in loops if f"{stage}_ms" in stats}
+
+
+def _held(program: Program, step: Repeat, values: Mapping[str, NpArray]) -> int:
+    """Bytes of the results of earlier stages that a loop reads in every turn."""
+    own = {step.index, *(into for _, into, _ in step.carry), *RUNTIME_INPUTS}
+    return sum(values[name].nbytes for name, _ in program.stage(step.stage).inputs if name not in own)
 
 
 def _note(stats: Stats | None, stage: str, started: float) -> None:

@@ -168,7 +168,8 @@ class Session:
     Attributes:
         hparams: see HParams. info: engine, versions, threads, as a bench report should name them.
         stats: milliseconds of the last `act`: preprocess_ms, one entry per stage (vision_ms, prefix_ms, flow_ms),
-            total_ms; and "reused": what was taken from earlier calls because its inputs were the same bit for bit, e.g.
+            total_ms; flow_held_bytes: results of earlier stages that the loop reads in every turn (keys and values,
+            above all); and "reused": what was taken from earlier calls because its inputs were the same bit for bit, e.g.
             ("prompt", "picture observation.images.top", "vision[0]"). Empty before.
         tokens: the ids that the last `act` generated, i32 [n], up to and with the one that ended it; None before, and
             for a policy that generates none.
