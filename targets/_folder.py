@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from vlac.artifact import NpArray, Sidecars, manifest_checksum, sha256
 from vlac.errors import Unsupported
 from vlac.graph import Program
 from vlac.layouts import (
-    FLOAT_DTYPES,
     INT4_BLOCK,
     bf16_from_f32,
     pack_int4,
@@ -27,6 +26,7 @@ from vlac.layouts import (
     quantize_int8_rows,
 )
 from vlac.registry import Progress, silent
+from vlac.weights import LazyTensor
 
 PAGE, LINE = 4096, 64
 LARGE = 64 << 10
@@ -80,7 +80,7 @@ class TensorStore:
             self._progress("writing weights", len(self._stored), len(self._program.params))
             param = self._program.params[name]
             layout = self._layouts.get(name, "rows")
-            arrays = encode(self._program.weights[name].load(), param.format, layout, name)
+            arrays = encode(self._program.weights[name], param.format, layout, name)
             parts = {k: self._append(file, a) for k, a in arrays.items()}
             self._stored[name] = Stored(param.shape, param.format, layout, parts)
         return self._stored[name]
@@ -127,33 +127,41 @@ def choose_layouts(program: Program) -> dict[str, str]:
     return {name: "columns" if c else "rows" for name, c in columns.items()}
 
 
-def encode(values: NpArray, format: str, layout: str, name: str) -> dict[str, NpArray]:
-    """Parts of a tensor (inverse of decode_parts); Unsupported names a tensor that the format cannot hold."""
-    if format in FLOAT_DTYPES:
-        oriented = values.T if layout == "columns" else values
-        if format == "f16":
-            _fits_f16(values, name)
-            return {"values": oriented.astype(np.float16)}
-        return {"values": bf16_from_f32(oriented) if format == "bf16" else np.ascontiguousarray(oriented)}
-    if values.ndim == 2 and format == "int8":
-        q, scale = quantize_int8_rows(values)
+def encode(tensor: LazyTensor, format: str, layout: str, name: str) -> dict[str, NpArray]:
+    """Parts of a tensor (inverse of decode_parts), read in pieces where it is large; Unsupported names a tensor that
+    the format cannot hold."""
+    if format in ("f32", "f16", "bf16"):
+        values = tensor.load() if format == "f32" else _gathered(_rounded(r, format, name) for r in tensor.rows())
+        return {"values": np.ascontiguousarray(values.T if layout == "columns" else values)}
+    if len(tensor.shape) == 2 and format == "int8":
+        parts = [quantize_int8_rows(r) for r in tensor.rows()]
+        q, scale = (_gathered(p[i] for p in parts) for i in range(2))
         return {"q": np.ascontiguousarray(q.T) if layout == "columns" else q, "scale": scale}
-    if values.ndim == 2 and format == "int4" and layout == "columns" and values.shape[1] % INT4_BLOCK == 0:
-        q, scale = quantize_int4_blocks(values)
+    if len(tensor.shape) == 2 and format == "int4" and layout == "columns" and tensor.shape[1] % INT4_BLOCK == 0:
+        parts = [quantize_int4_blocks(r) for r in tensor.rows()]
+        q, scale = (_gathered(p[i] for p in parts) for i in range(2))
         return {"q": pack_int4(q.T), "scale": np.ascontiguousarray(scale.T)}
     raise Unsupported(
-        f"tensor {name} {list(values.shape)} cannot be stored as {format} in an ONNX artifact",
+        f"tensor {name} {list(tensor.shape)} cannot be stored as {format} in an ONNX artifact",
         remedy="f32, f16, bf16 hold any tensor, int8 weights of linears and embeddings, int4 weights of linears "
         f"whose input width is a multiple of {INT4_BLOCK}",
     )
 
 
-def _fits_f16(values: NpArray, name: str) -> None:
-    largest = float(np.abs(values).max(initial=0.0))
+def _gathered(parts: Iterable[NpArray]) -> NpArray:
+    found = list(parts)
+    return found[0] if len(found) == 1 else np.concatenate(found, axis=0)
+
+
+def _rounded(rows: NpArray, format: str, name: str) -> NpArray:
+    if format == "bf16":
+        return bf16_from_f32(rows)
+    largest = max(float(rows.max(initial=0.0)), -float(rows.min(initial=0.0)))
     if largest > float(np.finfo(np.float16).max):
         raise Unsupported(
             f"tensor {name} holds {largest:.3g}, float16 ends at 65504", remedy="store this tensor as f32 or bf16"
         )
+    return rows.astype(np.float16)
 
 
 def write_sidecars(folder: Path, sidecars: Sidecars, extra: Mapping[str, Any]) -> None:

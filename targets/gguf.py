@@ -240,12 +240,10 @@ def _emit(
         writer = GgufWriter(out, _metadata(recipe, text, sidecars, manifest), rows)
         for done, (name, param) in enumerate(renamed.params.items()):
             progress("writing weights", done, len(rows))
-            data = encode(param.format, program.weights[names[name]].load())
-            crcs[name] = crc32(data)
-            writer.write(name, data)
+            tensor = program.weights[names[name]]
+            crcs[name] = writer.stream(name, (encode(param.format, rows) for rows in tensor.rows()))
         if sidecars.golden is not None:
-            crcs[GOLDEN] = crc32(sidecars.golden)
-            writer.write(GOLDEN, np.frombuffer(sidecars.golden, dtype=np.uint8))
+            crcs[GOLDEN] = writer.write(GOLDEN, np.frombuffer(sidecars.golden, dtype=np.uint8))
         writer.rewrite(_metadata(recipe, text, sidecars, manifest))
     progress("writing weights", len(rows), len(rows))
 

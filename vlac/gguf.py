@@ -353,14 +353,25 @@ class GgufWriter:
         raw = b"".join(parts)
         return raw + bytes(_pad(len(raw), self._alignment) - len(raw))
 
-    def write(self, name: str, data: Bytes) -> None:
-        """The next tensor's packed bytes; ValueError when it is not its turn or the size is wrong."""
-        info = self._infos[self._next]
-        if info.name != name or data.nbytes != info.nbytes:
-            raise ValueError(f"{name} with {data.nbytes} bytes, expected {info.name} with {info.nbytes}")
-        self._out.write(np.ascontiguousarray(data).data)
-        self._out.write(bytes(_pad(info.nbytes, self._alignment) - info.nbytes))
+    def write(self, name: str, data: Bytes) -> str:
+        """The next tensor's packed bytes -> their CRC-32; ValueError when it is not its turn or the size is wrong."""
+        return self.stream(name, [data])
+
+    def stream(self, name: str, pieces: Iterable[Bytes]) -> str:
+        """As `write`, the bytes in pieces."""
+        info, size, crc = self._infos[self._next], 0, 0
+        if info.name != name:
+            raise ValueError(f"{name}, expected {info.name} with {info.nbytes} bytes")
+        for piece in pieces:
+            data = np.ascontiguousarray(piece).data
+            size += data.nbytes
+            crc = zlib.crc32(data, crc)
+            self._out.write(data)
+        if size != info.nbytes:
+            raise ValueError(f"{name} with {size} bytes, expected {info.name} with {info.nbytes}")
+        self._out.write(bytes(_pad(size, self._alignment) - size))
         self._next += 1
+        return f"{crc:08x}"
 
     def rewrite(self, metadata: Mapping[str, Value]) -> None:
         """Replaces all metadata after the last tensor; the packed length must be what it was."""

@@ -31,6 +31,9 @@ ITEM_SIZE = {
 }  # fmt: skip
 """Bytes per element of every dtype that the format names."""
 
+MAX_MAPPED = 2 << 30
+"""Bytes of a file up to which float32 tensors are views of the map; of larger ones pages would pile up in memory."""
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes that load as float32."""
 
@@ -164,6 +167,13 @@ class _Map:
             self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
 
 
+def _load_rows(mapped: _Map, name: str, info: TensorInfo, start: int, stop: int) -> Array:
+    """Rows start..stop - 1 of the first axis."""
+    row = (info.stop - info.start) // info.shape[0]
+    part = TensorInfo(info.dtype, (stop - start, *info.shape[1:]), info.start + start * row, info.start + stop * row)
+    return _load(mapped, name, part)
+
+
 def _load(mapped: _Map, name: str, info: TensorInfo) -> Array:
     path = mapped._header.path
     if info.dtype not in FLOATS:
@@ -178,7 +188,7 @@ def _load(mapped: _Map, name: str, info: TensorInfo) -> Array:
         wide <<= np.uint32(16)
         mapped.release(info.start, info.stop)
         return wide.view(np.float32)
-    if info.dtype == "F32" and raw.flags.aligned:
+    if info.dtype == "F32" and raw.flags.aligned and mapped._header.file_size <= MAX_MAPPED:
         return raw.astype(np.float32, copy=False)
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes Inf, which LazyTensor.load refuses by name
         copied = raw.astype(np.float32, copy=True)
@@ -192,7 +202,13 @@ def open_file(path: Path) -> Weights:
     mapped = _Map(header)
     return Weights(
         {
-            name: LazyTensor(info.shape, partial(_load, mapped, name, info), info.dtype.lower(), f"{path.name}: {name}")
+            name: LazyTensor(
+                info.shape,
+                partial(_load, mapped, name, info),
+                info.dtype.lower(),
+                f"{path.name}: {name}",
+                partial(_load_rows, mapped, name, info) if info.shape and info.shape[0] else None,
+            )
             for name, info in header.tensors.items()
         }
     )

@@ -150,6 +150,10 @@ class Draft:
         tensor = self.lazy(name).map(lambda a: np.asarray(fn(a), dtype=np.float32), shape)
         return self.redefine_as(operand, tensor)
 
+    def redefine_rows(self, operand: str, fn: Callable[[NpArray], NpArray]) -> str:
+        """As `redefine`, for an `fn` that does the same to any run of rows."""
+        return self.redefine_as(operand, self.lazy(operand[1:]).map_rows(fn))
+
     def redefine_as(self, operand: str, tensor: LazyTensor) -> str:
         """As `redefine`, with the new values given."""
         name = operand[1:]

@@ -45,7 +45,7 @@ def fold_scales(program: Program) -> Program:
                 continue
             if inner.op in ("linear", "embed"):
                 factor = np.float32(n.attr["factor"])
-                scaled = [draft.redefine(i, lambda w, f=factor: w * f) for i in inner.inputs[1:]]  # type: ignore[misc]
+                scaled = [draft.redefine_rows(i, lambda w, f=factor: w * f) for i in inner.inputs[1:]]  # type: ignore[misc]
                 stage.remove(inner)
                 stage.replace(n, [Node(n.name, inner.op, (inner.inputs[0], *scaled), inner.attrs)])
     return draft.build()

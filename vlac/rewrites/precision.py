@@ -136,7 +136,8 @@ def _pad_weight(draft: Draft, name: str, width: int) -> None:
 
     draft.params[name] = Param(shape, p.format)
     if name in draft.weights:
-        draft.weights[name] = draft.weights[name].map(pad, shape)
+        lazy = draft.weights[name]
+        draft.weights[name] = lazy.map_rows(pad, shape[1:]) if len(shape) > 1 else lazy.map(pad, shape)
 
 
 def _pad_stage(stage: StageDraft, padded: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
