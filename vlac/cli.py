@@ -526,6 +526,56 @@ def sweep_command(
         raise typer.Exit(1)
 
 
+@app.command("report")
+@guarded
+def report_command(
+    paths: Annotated[list[str], typer.Argument(metavar="out1/ [out2/ ...]", help="Artifacts.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="The page.")] = Path("report.html"),
+    results: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="FILE.json", help="What parity, bench or eval saved; repeatable."),
+    ] = None,
+    environment: Annotated[
+        str | None,
+        typer.Option("--eval", metavar="push-cubes", help="Measure success where no saved result tells it."),
+    ] = None,
+    against: Annotated[str | None, typer.Option(metavar="OTHER", help="With --eval: as in `vlac eval`.")] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="With --eval: how many.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="With --eval: seed of the first episode.")] = 0,
+    no_bench: Annotated[
+        bool, typer.Option("--no-bench", help="Leave latency out where no saved result tells it.")
+    ] = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Put artifacts side by side on one HTML page.
+
+    Size, latency, drift and success; what is not handed in by --with is measured now. The page needs no network.
+    """
+    import shlex
+    from datetime import datetime, timezone
+
+    from vlac import machine, progress
+    from vlac.environments import named
+    from vlac.report_data import ClosedLoop, collect
+    from vlac.report_page import render, summary_text
+    from vlac.tables import as_json
+
+    loop = None
+    if environment is not None:
+        loop = ClosedLoop(named(environment, None), episodes, seed, against, machine.usable_cores())
+    with progress.progress(json_output or quiet) as show:
+        entries = collect(paths, results or (), loop=loop, timed=not no_bench, progress=show)
+    made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
+    page = render(entries, made, "vlac " + shlex.join(sys.argv[1:]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    if json_output:
+        typer.echo(as_json({"path": str(out), "artifacts": [vars(e) for e in entries]}))
+    else:
+        typer.echo(f"{summary_text(entries)}\n\nreport: {out.resolve()}")
+
+
 @app.command("run")
 @guarded
 def run_command(

@@ -88,5 +88,5 @@ def _against(r: Report) -> list[str]:
 
 
 def difference_text(p: Report) -> str:
-    """ "-1.2 (-3.4..+0.8) percentage points"."""
-    return f"{100 * p['difference']:+.1f} ({100 * p['low']:+.1f}..{100 * p['high']:+.1f}) percentage points"
+    """ "-1.2 (-3.4..+0.8) points"; of percentages."""
+    return f"{100 * p['difference']:+.1f} ({100 * p['low']:+.1f}..{100 * p['high']:+.1f}) points"
