@@ -19,6 +19,7 @@ from vlac.errors import CheckpointError, Unsupported, VlacError
 from vlac.families import smolvla
 from vlac.graph import Program, parse
 from vlac.policy import Policy
+from vlac.readers import lerobot_smolvla
 from vlac.registry import ReadOptions
 from vlac.spec import DecoderSpec, VisionSpec
 
@@ -148,7 +149,7 @@ def test_program_prints_and_parses_back(name: str) -> None:
 def test_every_tensor_is_read_or_known_to_be_dead() -> None:
     folder = GOLDEN / "smolvla_tiny" / "checkpoint"
     policy = read_policy(str(folder))
-    read = {smolvla.lerobot_name(name) for name in policy.weights}
+    read = {lerobot_smolvla.lerobot_name(name) for name in policy.weights}
     left = set(read_tensors(folder / "model.safetensors")) - read
     assert left == {"model.vlm_with_expert.vlm.lm_head.weight", f"{VLM}text_model.norm.weight"}
     assert set(smolvla.build(policy).params) == set(policy.weights) | {"flow.times", "flow.dts"}
@@ -411,7 +412,7 @@ def test_the_published_450m_shape_is_read_from_headers(tmp_path: Path) -> None:
         max_action_dim=32,
         chunk_size=50,
     )
-    tensors = {smolvla.lerobot_name(name): shape for name, shape in smolvla.shapes(spec).items()}
+    tensors = {lerobot_smolvla.lerobot_name(name): shape for name, shape in smolvla.shapes(spec).items()}
     tensors[f"{VLM}vision_model.embeddings.patch_embedding.weight"] = (768, 3, 16, 16)
     tensors["model.vlm_with_expert.vlm.lm_head.weight"] = (49280, 960)
     tensors[f"{VLM}text_model.norm.weight"] = (960,)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from vlac.dims import Dim
 from vlac.errors import Unsupported
-from vlac.graph import StageBuilder
+from vlac.graph import Call, Param, Program, Repeat, Schedule, Stage, StageBuilder, Symbol, check
+from vlac.policy import Policy
 from vlac.spec import DecoderSpec, EncoderSpec, FlowSpec, VisionSpec
-from vlac.weights import LazyTensor
+from vlac.weights import LazyTensor, Weights
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -50,10 +51,16 @@ def vit_tower(b: StageBuilder, pixels: str, spec: VisionSpec, name: str = "visio
     return _layer_norm(b, vit_layers(b, x, spec, name), spec, f"{name}.post_layernorm")
 
 
-def vit_layers(b: StageBuilder, x: str, spec: VisionSpec | EncoderSpec, name: str, mask: str = "") -> str:
-    """The pre-norm layers of a ViT on rows of any number; every row sees every other, or those that `mask` allows."""
+def vit_layers(
+    b: StageBuilder, x: str, spec: VisionSpec | EncoderSpec, name: str, mask: str = "", scaled: bool = False
+) -> str:
+    """The pre-norm layers of a ViT on rows of any number; every row sees every other, or those that `mask` allows.
+
+    scaled: what a layer adds is multiplied by `layer_scale1` and `layer_scale2` before (Touvron et al. 2021). The
+    factors stay out of the weights: a product would no longer be a bfloat16 number, and round in float16.
+    """
     for i in range(spec.num_hidden_layers):
-        x = _vit_layer(b, x, spec, f"{name}.layers.{i}", mask)
+        x = _vit_layer(b, x, spec, f"{name}.layers.{i}", mask, scaled)
     return x
 
 
@@ -61,17 +68,23 @@ def _layer_norm(b: StageBuilder, x: str, spec: VisionSpec | EncoderSpec, name: s
     return b.op("layer_norm", x, f"@{name}.weight", f"@{name}.bias", eps=spec.layer_norm_eps)
 
 
-def _vit_layer(b: StageBuilder, x: str, spec: VisionSpec | EncoderSpec, name: str, mask: str = "") -> str:
+def _vit_layer(
+    b: StageBuilder, x: str, spec: VisionSpec | EncoderSpec, name: str, mask: str = "", scaled: bool = False
+) -> str:
+    def added(part: str, scale: str) -> str:
+        y = linear(b, h, f"{name}.{part}", bias=True)
+        return b.op("mul", y, f"@{name}.{scale}") if scaled else y
+
     heads = spec.num_attention_heads
     h = _layer_norm(b, x, spec, f"{name}.layer_norm1")
     q, k, v = (linear(b, h, f"{name}.self_attn.{p}_proj", bias=True) for p in "qkv")
     scale = (spec.hidden_size // heads) ** -0.5
     operands = (q, k, v, mask) if mask else (q, k, v)
     h = b.op("attention", *operands, heads=heads, kv_heads=heads, scale=scale, name=f"{name}.attended")
-    x = b.op("add", x, linear(b, h, f"{name}.self_attn.out_proj", bias=True))
+    x = b.op("add", x, added("self_attn.out_proj", "layer_scale1"))
     h = _layer_norm(b, x, spec, f"{name}.layer_norm2")
     h = activation(b, linear(b, h, f"{name}.mlp.fc1", bias=True), spec.hidden_act)
-    return b.op("add", x, linear(b, h, f"{name}.mlp.fc2", bias=True), name=f"{name}.hidden")
+    return b.op("add", x, added("mlp.fc2", "layer_scale2"), name=f"{name}.hidden")
 
 
 def vit_shapes(spec: VisionSpec, name: str = "vision") -> Shapes:
@@ -87,7 +100,7 @@ def vit_shapes(spec: VisionSpec, name: str = "vision") -> Shapes:
     return shapes
 
 
-def vit_layers_shapes(spec: VisionSpec | EncoderSpec, name: str) -> Shapes:
+def vit_layers_shapes(spec: VisionSpec | EncoderSpec, name: str, scaled: bool = False) -> Shapes:
     """Weights of `vit_layers`."""
     d, f = spec.hidden_size, spec.intermediate_size
     shapes: Shapes = {}
@@ -105,6 +118,8 @@ def vit_layers_shapes(spec: VisionSpec | EncoderSpec, name: str) -> Shapes:
             shapes[f"{layer}.{part}.bias"] = (rows,)
         for norm in ("layer_norm1", "layer_norm2"):
             shapes[f"{layer}.{norm}.weight"] = shapes[f"{layer}.{norm}.bias"] = (d,)
+        if scaled:
+            shapes[f"{layer}.layer_scale1"] = shapes[f"{layer}.layer_scale2"] = (d,)
     return shapes
 
 
@@ -342,3 +357,37 @@ def action_shapes(max_action_dim: int, width: int) -> Shapes:
 def token_buckets(maximum: int) -> tuple[int, ...]:
     """Prompt lengths a stage may be built for: multiples of 8 (of 32 beyond 64) below `maximum`, and `maximum`."""
     return (*(n for n in range(8, maximum, 8) if n <= 64 or n % 32 == 0), maximum)
+
+
+# --- programs --------------------------------------------------------------------------------------------------
+
+
+def program_of(policy: Policy, stages: tuple[Stage, ...], steps: tuple[Call | Repeat, ...], result: str) -> Program:
+    """The program of these stages with the weights that they read, checked. Symbols: C cameras, T prompt tokens, of
+    which `policy.spec.tokenizer_max_length` are the most."""
+    read = {i[1:] for s in stages for n in s.nodes for i in n.inputs if i.startswith("@")}
+    weights = {name: t for name, t in policy.weights.items() if name in read}
+    program = Program(
+        name=policy.family,
+        symbols=(
+            Symbol("C", tuple(range(1, len(policy.io.cameras) + 1))),
+            Symbol("T", token_buckets(policy.spec.tokenizer_max_length)),
+        ),
+        stages=stages,
+        params={name: Param(t.shape) for name, t in weights.items()},
+        schedule=Schedule(steps, result),
+        weights=Weights(weights),
+    )
+    return check(program)
+
+
+def flow_program(
+    policy: Policy, flow: FlowSpec, before: tuple[Stage, Stage], stage: Stage, carry: tuple[tuple[str, str, str], ...]
+) -> Program:
+    """`before`: vision (once per camera) and prefix (once); then `stage`, once per solver step with its carries, gives
+    x_next."""
+    timed = policy.replace(weights=policy.weights.with_(**flow_tables(flow)))
+    vision, prefix = before
+    repeat = Repeat(stage.name, len(flow.times), "step", carry)
+    steps = (Call(vision.name, each="camera"), Call(prefix.name), repeat)
+    return program_of(timed, (vision, prefix, stage), steps, "x_next")

@@ -1,4 +1,4 @@
-"""What policies on PaliGemma share: vision stage, prefix stage, joint and adaRMS expert layers, a flow program.
+"""What policies on PaliGemma share: vision stage, prefix stage, joint and adaRMS expert layers.
 
 Weights are named vision.*, connector.proj.*, text.*, expert.*; blocks.py has the layers below these. Gemma's RMSNorm
 multiplies by 1 + w: that sum is made when the checkpoint is read, so norms here are plain.
@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from vlac import blocks
 from vlac.blocks import Shapes, linear
 from vlac.dims import Dim, symbol
-from vlac.graph import Call, Param, Program, Repeat, Schedule, Stage, StageBuilder, Symbol, check
-from vlac.policy import Policy
-from vlac.spec import DecoderSpec, FlowSpec, VisionSpec
-from vlac.weights import Weights
+from vlac.graph import Stage, StageBuilder
+from vlac.spec import DecoderSpec, VisionSpec
 
 Carry = tuple[tuple[str, str, str], ...]
 
@@ -123,6 +121,11 @@ def prefix_stage(spec: PaliGemmaSpec) -> Stage:
     return b.build()
 
 
+def flow_stages(spec: PaliGemmaSpec) -> tuple[Stage, Stage]:
+    """The stages before a flow: vision and prefix."""
+    return vision_stage(spec), prefix_stage(spec)
+
+
 @dataclass(frozen=True)
 class Past:
     """What a stage after the prefix reads of it: each layer's keys and values, and how many rows are valid."""
@@ -206,32 +209,3 @@ def ada_norm_shapes(spec: DecoderSpec, name: str) -> Shapes:
         f"{name}.dense.weight": (3 * spec.hidden_size, spec.hidden_size),
         f"{name}.dense.bias": (3 * spec.hidden_size,),
     }
-
-
-# --- programs --------------------------------------------------------------------------------------------------
-
-
-def program_of(policy: Policy, stages: tuple[Stage, ...], steps: tuple[Call | Repeat, ...], result: str) -> Program:
-    """The program of these stages with the weights that they read, checked. Symbols: C cameras, T prompt tokens."""
-    read = {i[1:] for s in stages for n in s.nodes for i in n.inputs if i.startswith("@")}
-    weights = {name: t for name, t in policy.weights.items() if name in read}
-    program = Program(
-        name=policy.family,
-        symbols=(
-            Symbol("C", tuple(range(1, len(policy.io.cameras) + 1))),
-            Symbol("T", blocks.token_buckets(policy.spec.tokenizer_max_length)),
-        ),
-        stages=stages,
-        params={name: Param(t.shape) for name, t in weights.items()},
-        schedule=Schedule(steps, result),
-        weights=Weights(weights),
-    )
-    return check(program)
-
-
-def flow_program(policy: Policy, spec: PaliGemmaSpec, flow: FlowSpec, stage: Stage, carry: Carry) -> Program:
-    """Stages vision (per camera), prefix (once) and the given one (per solver step, with its carries) -> x_next."""
-    timed = policy.replace(weights=policy.weights.with_(**blocks.flow_tables(flow)))
-    repeat = Repeat(stage.name, len(flow.times), "step", carry)
-    steps = (Call("vision", each="camera"), Call("prefix"), repeat)
-    return program_of(timed, (vision_stage(spec), prefix_stage(spec), stage), steps, "x_next")

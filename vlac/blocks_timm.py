@@ -20,9 +20,11 @@ class TowerSpec(VisionSpec):
     """A timm ViT whose last layer and norm are left out: `num_hidden_layers` counts the layers that run.
 
     `prefix_tokens` (class and register tokens) stand before the patches, have no position, and are dropped at the end.
+    layer_scale: see blocks.vit_layers.
     """
 
     prefix_tokens: int = 0
+    layer_scale: bool = False
 
 
 def towers(b: StageBuilder, pixels: str, specs: Sequence[TowerSpec], name: str) -> str:
@@ -43,18 +45,18 @@ def _tower(b: StageBuilder, patches: str, spec: TowerSpec, name: str) -> str:
     x = b.op("add", linear(b, patches, f"{name}.patch_embedding", bias=True), f"@{name}.position_embedding")
     skip = spec.prefix_tokens
     x = b.op("concat", f"@{name}.prefix", x, axis=0) if skip else x
-    x = blocks.vit_layers(b, x, spec, name)
+    x = blocks.vit_layers(b, x, spec, name, scaled=spec.layer_scale)
     return b.op("slice", x, axis=0, start=skip, stop=skip + spec.grid**2) if skip else x
 
 
 def towers_shapes(specs: Sequence[TowerSpec], name: str) -> Shapes:
-    """Weights of `towers`. Layer scales are part of the projections before them."""
+    """Weights of `towers`."""
     result: Shapes = {}
     for i, spec in enumerate(specs):
         tower = f"{name}.{i}"
         result |= linear_shapes(f"{tower}.patch_embedding", spec.hidden_size, spec.num_channels * spec.patch_size**2)
         result[f"{tower}.position_embedding"] = (spec.grid**2, spec.hidden_size)
-        result |= blocks.vit_layers_shapes(spec, tower)
+        result |= blocks.vit_layers_shapes(spec, tower, spec.layer_scale)
         if spec.prefix_tokens:
             result[f"{tower}.prefix"] = (spec.prefix_tokens, spec.hidden_size)
     return result

@@ -22,7 +22,7 @@ from vlac.engines.ggml_ops import DRAW, LAYOUTS, Drawing, Feed
 from vlac.engines.ggml_plan import StagePlan, macs, plan_stage
 from vlac.errors import EngineError
 from vlac.formats import get_format
-from vlac.graph import Program
+from vlac.graph import Program, stage_symbols
 from vlac.ops import DTYPES, OPS
 
 ALIGNMENT = 32
@@ -99,11 +99,13 @@ def _aligned(data: NpArray) -> NpArray:
 class StageGraph:
     """One stage for one bucket: its graph, its memory, and what the host knew at the last run."""
 
-    def __init__(self, lib: Ggml, backend: int, plan: StagePlan, weights: Mapping[str, int], threads: int) -> None:
+    def __init__(
+        self, lib: Ggml, backend: int, plan: StagePlan, weights: Mapping[str, int], threads: int, careful: bool = False
+    ) -> None:
         self.lib, self.backend, self.plan = lib, backend, plan
         self.threads = threads if macs(plan) >= WORK_TO_SHARE * len(plan.graph) else 1
         self._graph_context = self._gallocr = self._feed_buffer = None
-        self._drawing = Drawing(lib, plan, weights)
+        self._drawing = Drawing(lib, plan, weights, careful)
         try:
             self._outputs = self._drawing.draw()
             self._allocate()
@@ -218,6 +220,9 @@ class GgmlSession(EngineSession):
                     f"engine ggml: tensor {name} is {found}, the program wants {param.format}{list(param.shape)}"
                 )
         self.program = program
+        self._symbols = {s.name: stage_symbols(s) for s in program.stages}
+        # where ids are picked, one rounding may pick another id, and all that follows: float16 products are exact there
+        self._careful = any(n.op == "argmax" for s in program.stages for n in s.nodes)
         self._lock = threading.Lock()
         self._graphs: OrderedDict[tuple[Any, ...], StageGraph] = OrderedDict()
         self._lib = lib = ggml_lib.load()
@@ -241,14 +246,16 @@ class GgmlSession(EngineSession):
     def _graph(self, stage: str, symbols: Mapping[str, int]) -> StageGraph:
         if self._weights is None:
             raise EngineError("engine ggml: the session is closed")
-        key = (stage, *sorted(symbols.items()))
+        key = (stage, *sorted((k, v) for k, v in symbols.items() if k in self._symbols[stage]))
         graph = self._graphs.get(key)
         if graph is None:
             bound = self.program.bind(symbols)
             plan = plan_stage(bound.stage(stage), bound.params, DRAW)
             while len(self._graphs) >= MAX_GRAPHS:
                 self._graphs.popitem(last=False)[1].free()
-            graph = self._graphs[key] = StageGraph(self._lib, self._backend, plan, self._weights.tensors, self._threads)
+            weights = self._weights.tensors
+            graph = StageGraph(self._lib, self._backend, plan, weights, self._threads, self._careful)
+            self._graphs[key] = graph
         self._graphs.move_to_end(key)
         return graph
 

@@ -101,11 +101,11 @@ class Drawing:
     """A stage being drawn as ggml tensors in a context without memory.
 
     `context` holds computed tensors, `leaves` the feeds (they get a buffer of their own: tensors in the compute buffer
-    are overwritten during a run). `weights` maps parameter names to placed tensors.
+    are overwritten during a run). `weights` maps parameter names to placed tensors. `careful`: see `_in_two_parts`.
     """
 
-    def __init__(self, lib: Ggml, plan: StagePlan, weights: Mapping[str, int]) -> None:
-        self.lib, self.plan, self.weights = lib, plan, weights
+    def __init__(self, lib: Ggml, plan: StagePlan, weights: Mapping[str, int], careful: bool = False) -> None:
+        self.lib, self.plan, self.weights, self.careful = lib, plan, weights, careful
         self.limit = _TENSORS_PER_NODE * (len(plan.graph) + 4)
         overhead = lib.tensor_overhead()
         self.context = lib.init(InitParams(self.limit * overhead, None, True))
@@ -239,8 +239,25 @@ def _scale(d: Drawing, n: Node) -> int:
 def _linear(d: Drawing, n: Node) -> int:
     w = n.inputs[1]
     weight = d.weights[w[1:]] if w.startswith("@") else d.dense(d.value(w))
-    y = d.op("mul_mat", weight, d.dense(d.value(n.inputs[0])))
+    x = d.dense(d.value(n.inputs[0]))
+    in_parts = d.careful and Tensor.from_address(weight).type == F16
+    y = _in_two_parts(d, weight, x) if in_parts else d.op("mul_mat", weight, x)
     return d.op("add", y, d.value(n.inputs[2])) if len(n.inputs) > 2 else y
+
+
+def _in_two_parts(d: Drawing, weight: int, x: int) -> int:
+    """A float16 weight times x, of which ggml would keep 11 bits: it rounds the activations of such a product to
+    float16. x goes in as two float16 numbers whose sum has 22 bits, their rows in one product: the weight is read once.
+    """
+    t = Tensor.from_address(x)
+    high = d.op("cast", d.op("cast", x, F16), F32)
+    both = d.op("mul_mat", weight, d.op("concat", high, d.op("sub", x, high), 1))
+    y = Tensor.from_address(both)
+    parts = (
+        d.op("view_4d", both, y.ne[0], t.ne[1], 1, 1, y.nb[1], y.nb[2], y.nb[3], first * t.ne[1] * y.nb[1])
+        for first in (0, 1)
+    )
+    return d.op("add", *parts)
 
 
 @_draws("embed")

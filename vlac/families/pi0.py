@@ -47,7 +47,7 @@ def build(policy: Policy) -> Program:
     """
     spec, flow = policy.spec, policy.flow
     assert isinstance(spec, Pi0Spec) and flow is not None
-    return blocks_gemma.flow_program(policy, spec, flow, *_flow(spec, flow))
+    return blocks.flow_program(policy, flow, blocks_gemma.flow_stages(spec), *_flow(spec, flow))
 
 
 def _flow(spec: Pi0Spec, flow: FlowSpec) -> tuple[Stage, Carry]:

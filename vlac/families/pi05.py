@@ -53,7 +53,7 @@ def build(policy: Policy) -> Program:
     """
     spec, flow = policy.spec, policy.flow
     assert isinstance(spec, Pi05Spec) and flow is not None
-    return blocks_gemma.flow_program(policy, spec, flow, *_flow(spec, flow))
+    return blocks.flow_program(policy, flow, blocks_gemma.flow_stages(spec), *_flow(spec, flow))
 
 
 def _condition(b: StageBuilder, step: str, width: int, flow: FlowSpec) -> str:

@@ -57,7 +57,7 @@ def build(policy: Policy) -> Program:
     loop = blocks_decode.decoding_loop(spec.max_decoding_steps, spec.text.num_hidden_layers, stop)
     stages = (blocks_gemma.vision_stage(spec), _prefix(spec), _decode(spec))
     steps = (Call("vision", each="camera"), Call("prefix"), loop)
-    return blocks_gemma.program_of(policy, stages, steps, "action_tokens")
+    return blocks.program_of(policy, stages, steps, "action_tokens")
 
 
 def _prefix(spec: Pi0FastSpec) -> Stage:

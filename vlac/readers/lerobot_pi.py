@@ -1,4 +1,4 @@
-"""What LeRobot's pi0, pi0.5 and pi0-FAST folders say alike: images, sampler, normalisation, relative actions."""
+"""What LeRobot's folders of flow policies and pi0-FAST say alike: images, sampler, normalisation, relative actions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 STATE, ACTION = "observation.state", "action"
 
 
-def common(checkpoint: LeRobotCheckpoint, renamed: Mapping[str, str] = {}) -> Common:
-    """Reads the config; Unsupported and CheckpointError name the key."""
+def refuse_what_is_not_drawn(checkpoint: LeRobotCheckpoint) -> None:
+    """Unsupported for config keys that would change what is computed, of SmolVLA too."""
     config = checkpoint.config
     config.refuse("n_obs_steps", 1, why="only one observation per call is implemented")
     config.refuse(
@@ -28,6 +28,22 @@ def common(checkpoint: LeRobotCheckpoint, renamed: Mapping[str, str] = {}) -> Co
     rtc = config.raw("rtc_config")
     if isinstance(rtc, dict) and rtc.get("enabled", True):
         checkpoint.warn("config.json: rtc_config: chunks are computed without real-time chunking")
+
+
+def chunk(checkpoint: LeRobotCheckpoint) -> tuple[int, int]:
+    """(rows of a chunk, rows of it that a robot executes)."""
+    config = checkpoint.config
+    chunk_size = config.size("chunk_size", 50)
+    n_action_steps = config.size("n_action_steps", chunk_size)
+    if n_action_steps > chunk_size:
+        raise CheckpointError(f"{config.path}: n_action_steps {n_action_steps} exceeds chunk_size {chunk_size}")
+    return chunk_size, n_action_steps
+
+
+def common(checkpoint: LeRobotCheckpoint, renamed: Mapping[str, str] = {}) -> Common:
+    """Reads the config; Unsupported and CheckpointError name the key."""
+    config = checkpoint.config
+    refuse_what_is_not_drawn(checkpoint)
     for key in ("paligemma_variant", "action_expert_variant", "dtype", "normalization_mapping", "tokenizer_max_length",
                 "proj_width", "attention_implementation"):  # fmt: skip
         config.raw(key)  # tensors and processors say the same, and are what acts
@@ -35,10 +51,7 @@ def common(checkpoint: LeRobotCheckpoint, renamed: Mapping[str, str] = {}) -> Co
     where = checkpoint.folder / "model.safetensors"
     cameras = checkpoint.cameras(config.size("empty_cameras", 0, least=0, most=32))
     image_size, resize = _resize(checkpoint)
-    chunk_size = config.size("chunk_size", 50)
-    n_action_steps = config.size("n_action_steps", chunk_size)
-    if n_action_steps > chunk_size:
-        raise CheckpointError(f"{config.path}: n_action_steps {n_action_steps} exceeds chunk_size {chunk_size}")
+    chunk_size, n_action_steps = chunk(checkpoint)
     return Common(
         source=paligemma.Source(tensors, where, checkpoint.options.spec, checkpoint.problem),
         cameras=cameras,
@@ -87,11 +100,13 @@ def io(
     padded_state: bool,
     decode: tuple[Step, ...] | None = None,
     rows: int | None = None,
+    missing: int | None = None,
 ) -> IO:
     """Inputs and outputs.
 
     padded_state: the network reads the state, padded to max_state_dim; otherwise only the prompt does.
     decode: steps from what the program gives to a normalised chunk [rows, action_dim]; None takes the first columns.
+    missing: how many cameras may be absent; None: all but one.
     """
     config, limit = checkpoint.config, shared.max_state_dim
     state_dim = checkpoint.vector("input_features", STATE, limit, "max_state_dim")
@@ -101,6 +116,7 @@ def io(
         checkpoint.warn(f"config.json: input features that this policy does not read: {', '.join(unread)}")
     pad = (Step("pad", {"size": limit}),) if padded_state else ()
     first = decode if decode is not None else (Step("take", {"size": action_dim}),)
+    normalise = checkpoint.normalise("normalise", STATE, "STATE", (state_dim,))
     unnormalise = checkpoint.normalise("unnormalise", ACTION, "ACTION", (action_dim,))
     names = config.raw("action_feature_names")
     return IO(
@@ -108,7 +124,7 @@ def io(
         image_steps=shared.image_steps,
         state_key=STATE,
         state_dim=state_dim,
-        state_steps=(*checkpoint.normalise("normalise", STATE, "STATE", (state_dim,)), *pad),
+        state_steps=(*normalise, *pad),
         text_steps=checkpoint.text_steps(),
         action_key=ACTION,
         action_dim=action_dim,
@@ -117,7 +133,7 @@ def io(
         n_action_steps=shared.n_action_steps,
         action_steps=(*first, *unnormalise, *_relative(checkpoint, action_dim, state_dim)),
         normalised_action_steps=first,
-        max_missing_cameras=len(shared.cameras) - 1,
+        max_missing_cameras=len(shared.cameras) - 1 if missing is None else missing,
         image_size=shared.image_size,
         vocab_size=vocab_size,
         units="normalized" if checkpoint.options.no_stats else "robot",

@@ -8,17 +8,15 @@ vision.num_attention_heads say otherwise; nothing else may contradict the shapes
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from vlac.errors import CheckpointError, Unsupported, VlacError
 from vlac.io import Camera, Step
-from vlac.readers.safetensors_file import FLOATS
+from vlac.readers import take
 from vlac.spec import DecoderSpec, VisionSpec
 from vlac.weights import LazyTensor, Weights
 
@@ -223,30 +221,5 @@ def take_weights(source: Source, shapes: Mapping[str, tuple[int, ...]], unread: 
 
     unread: patterns of plain names that may be there besides.
     """
-    result, used = {}, set()
-    for name, shape in shapes.items():
-        plain = disk_name(name)
-        used.add(plain)
-        patch = name == "vision.patch_embedding.weight"
-        if source.shape(name, 4 if patch else len(shape)) != shape and not patch:
-            raise CheckpointError(
-                f"{source.where}: tensor {plain} has shape {list(source.tensors[plain].shape)}, config and sizes give "
-                f"{list(shape)}",
-                remedy="config.json belongs to another checkpoint, or sizes need --spec",
-            )
-        tensor = source.tensors[plain]
-        if math.prod(tensor.shape) != math.prod(shape) or tensor.shape[0] != shape[0]:
-            raise CheckpointError(f"{source.where}: tensor {plain} has shape {list(tensor.shape)}, not {list(shape)}")
-        if tensor.dtype.upper() not in FLOATS:
-            raise CheckpointError(f"{source.where}: tensor {plain} is {tensor.dtype}, expected {', '.join(FLOATS)}")
-        if patch:
-            tensor = tensor.map(lambda w: w.reshape(w.shape[0], -1), shape)
-        result[name] = tensor.map(lambda w: w + 1) if _ONE_PLUS.fullmatch(name) else tensor
-    extra = [n for n in source.tensors if n not in used and not any(fnmatchcase(n, p) for p in (*UNREAD, *unread))]
-    if extra:
-        source.problem(
-            CheckpointError(
-                f"{source.where}: {len(extra)} tensors that the network does not have: {', '.join(extra[:6])}"
-            )
-        )
-    return Weights(result)
+    taken = take.take_weights(source.tensors, source.where, shapes, disk_name, (*UNREAD, *unread), source.problem)
+    return Weights({n: t.map(lambda w: w + 1) if _ONE_PLUS.fullmatch(n) else t for n, t in taken.items()})

@@ -21,7 +21,7 @@ from vlac.io import IO, Camera, Step
 from vlac.policy import Policy, Source
 from vlac.readers.lerobot import Config
 from vlac.readers.prismatic_images import read_preprocessing
-from vlac.readers.prismatic_weights import canonical_weights, open_side_file
+from vlac.readers.prismatic_weights import LAYER_SCALES, canonical_weights, open_side_file
 from vlac.readers.safetensors_file import open_folder, read_json
 from vlac.readers.tokenizer_file import read_tokenizer, token_id
 from vlac.registry import Reader, ReadOptions, readers
@@ -126,6 +126,7 @@ def _tower(opened: Opened, index: int, timm_id: str, image: int, kwargs: Mapping
         layer_norm_eps=1e-6,
         hidden_act="gelu",
         prefix_tokens=sum(extra),
+        layer_scale=any(f"{prefix}.blocks.0.ls1.{name}" in opened.tensors for name in LAYER_SCALES),
     )
     positions = opened.shape(f"{prefix}.pos_embed", 3)[1]
     if tower.grid**2 != positions:

@@ -14,7 +14,7 @@ from vlac.blocks_timm import TowerSpec
 from vlac.errors import CheckpointError, VlacError
 from vlac.families.openvla import OpenVLASpec, shapes
 from vlac.readers.safetensors_file import FLOATS
-from vlac.weights import Array, LazyTensor, Weights
+from vlac.weights import LazyTensor, Weights
 
 LLAMA = "language_model.model."
 SKIPPED = (
@@ -22,6 +22,9 @@ SKIPPED = (
     "language_model.lm_head.weight",
 )  # fmt: skip
 """Tensors that inference never reads (the head where OpenVLA-OFT has one of its own)."""
+
+LAYER_SCALES = ("scale_factor", "gamma")
+"""A layer scale's name in Hugging Face's form, and timm's."""
 
 
 def canonical_weights(tensors: Weights, side: Mapping[str, Weights], spec: OpenVLASpec) -> Weights:
@@ -105,10 +108,12 @@ def _tower(tensors: Weights, spec: TowerSpec, index: int, used: set[str]) -> Pai
             for j, name in enumerate("qkv"):
                 yield f"{layer}.self_attn.{name}_proj.{part}", _third(joined, j, d)
             yield f"{layer}.mlp.fc1.{part}", take(f"{block}.mlp.fc1.{part}")
-            for source, scale, name in (("attn.proj", "ls1", "self_attn.out_proj"), ("mlp.fc2", "ls2", "mlp.fc2")):
-                own = take(f"{block}.{source}.{part}")
-                gamma = next((n for n in ("scale_factor", "gamma") if f"{theirs}.{block}.{scale}.{n}" in tensors), None)
-                yield f"{layer}.{name}.{part}", own if gamma is None else _scaled(own, take(f"{block}.{scale}.{gamma}"))
+            yield f"{layer}.self_attn.out_proj.{part}", take(f"{block}.attn.proj.{part}")
+            yield f"{layer}.mlp.fc2.{part}", take(f"{block}.mlp.fc2.{part}")
+        for n in (1, 2) if spec.layer_scale else ():
+            names = [f"{block}.ls{n}.{name}" for name in LAYER_SCALES]
+            found = next((name for name in names if f"{theirs}.{name}" in tensors), names[0])
+            yield f"{layer}.layer_scale{n}", take(found)
 
 
 def _rows(t: LazyTensor) -> LazyTensor:
@@ -119,16 +124,6 @@ def _rows(t: LazyTensor) -> LazyTensor:
 
 def _third(t: LazyTensor, j: int, rows: int) -> LazyTensor:
     return t.map(lambda w: w[j * rows : (j + 1) * rows], (rows, *t.shape[1:]))
-
-
-def _scaled(t: LazyTensor, scale: LazyTensor) -> LazyTensor:
-    """Layer scale is part of the projection before it: s * (W x + b) = (s W) x + s b."""
-
-    def fn(w: Array) -> Array:
-        s = scale.load()
-        return w * (s[:, None] if w.ndim == 2 else s)
-
-    return t.map(fn)
 
 
 def _head(tensors: Weights, blocks: int) -> Pairs:
