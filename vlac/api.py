@@ -205,6 +205,7 @@ def compile(
     from vlac.place import check_destination, partial
     from vlac.recorded import Recorded
     from vlac.registry import ReadOptions, families, targets
+    from vlac.removals import removals
 
     entry = targets.get(target)
     options: dict[str, Any] = {"single_file": True} if single_file else {}
@@ -251,6 +252,8 @@ def compile(
         manifest = m.build(policy, entry, table, role, options, floor, kind, title)
         if given_data is not None:
             manifest["calibration"] = given_data.describe()
+        if not dialect:
+            manifest = {**manifest, "lowering": removals(draw(policy))}
         sidecars = Sidecars(str(program), policy.io.to_json(), manifest, policy.tokenizer, write_goldens(answered))
         if dialect:
             _dialect(entry, dialect).emit(policy, program, sidecars, temp, progress)

@@ -79,20 +79,25 @@ def program_text(
     path: str | Path, *, after: str | None = None, options: ReadOptions | None = None, progress: Progress = silent
 ) -> str:
     """The program as text: of an artifact as it is stored; of a checkpoint as its family draws it, or lowered up to and
-    including the rewrite `after`."""
+    including the rewrite `after`. Above it, as comments, what each rewrite took away."""
+    from vlac import removals
+
     if is_artifact(path):
         if after is not None:
             raise InputError(
                 "--after shows a checkpoint's way through the rewrites; an artifact's program is past them",
                 remedy="give the checkpoint, or leave --after out",
             )
-        return str(open_artifact(path).program)
+        artifact = open_artifact(path)
+        log = artifact.manifest.get("lowering")
+        return (removals.text(log) if isinstance(log, dict) else "") + str(artifact.program)
     from vlac.api import draw
     from vlac.lower import lower_until
 
     progress("drawing the program", 0, 0)
     program = draw(_read(path, options))
-    return str(program if after is None else lower_until(program, after))
+    log = removals.text(removals.removals(program, after))
+    return log + str(program if after is None else lower_until(program, after))
 
 
 # --- checkpoint ------------------------------------------------------------------------------------------------

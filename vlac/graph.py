@@ -297,6 +297,18 @@ def _given(program: Program, step: Call | Repeat, t: Type) -> Type | None:
     return Type(t.dtype, (t.shape[0] * parse_dim("C"), *t.shape[1:]))
 
 
+def stage_symbols(stage: Stage) -> frozenset[str]:
+    """Symbols that a stage depends on: two buckets that agree in these are one for it."""
+
+    def of(value: Attr) -> set[str]:
+        if isinstance(value, tuple):
+            return {s for v in value for s in of(v)}
+        return {s for s, _ in value.terms} if isinstance(value, Affine) else set()
+
+    shapes = [t.shape for _, t in stage.inputs]
+    return frozenset(s for v in (*shapes, *(v for n in stage.nodes for _, v in n.attrs)) for s in of(v))
+
+
 def uses(stage: Stage) -> dict[str, list[Node]]:
     """For every value or weight ("@w") of a stage, the nodes that read it."""
     result: dict[str, list[Node]] = {}
@@ -560,13 +572,13 @@ class _Parser:
 
 
 def parse(text: str) -> Program:
-    """Inverse of str(program), without weights. Raises ProgramError naming the line; the result is checked, and the
-    types written beside nodes must be the inferred ones."""
+    """Inverse of str(program), without weights; lines that begin with "#" are passed over. Raises ProgramError naming
+    the line; the result is checked, and the types written beside nodes must be the inferred ones."""
     parser = _Parser()
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.strip()
         try:
-            if line:
+            if line and not line.startswith("#"):
                 parser.line(number, line)
         except (ProgramError, ValueError) as error:
             message = error.message if isinstance(error, ProgramError) else str(error)

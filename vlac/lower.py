@@ -25,6 +25,7 @@ from vlac.rewrites.motion import hoist_invariants
 from vlac.rewrites.patches import shuffle_as_patch_order
 from vlac.rewrites.precision import assign_formats, pad_to_blocks, roles
 from vlac.rewrites.rates import split_by_rate
+from vlac.rewrites.suffix import free_suffix
 
 __all__ = ["REWRITES", "Rewrite", "assign_formats", "lower", "lower_until", "pad_to_blocks", "roles"]
 
@@ -40,6 +41,7 @@ class Rewrite:
 REWRITES: tuple[Rewrite, ...] = (
     Rewrite("share", share),
     Rewrite("prune", prune),
+    Rewrite("free_suffix", free_suffix),
     Rewrite("fold", fold),
     Rewrite("fold_scales", fold_scales),
     Rewrite("fold_biases", fold_biases),

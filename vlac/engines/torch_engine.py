@@ -21,7 +21,7 @@ from vlac import kv_codes
 from vlac.artifact import Artifact
 from vlac.engines.base import Engine, EngineSession, NpArray, Values, gathered
 from vlac.errors import EngineError
-from vlac.graph import Node, Program, Repeat
+from vlac.graph import Node, Program, Repeat, stage_symbols
 from vlac.rotations import rotation
 
 Tensor = Any
@@ -321,6 +321,7 @@ class TorchSession(EngineSession):
         self._ops |= _code_ops(torch)
         self._weights: dict[str, Tensor] = {}
         self._plans: dict[tuple[str, tuple[tuple[str, int], ...]], _Plan] = {}
+        self._symbols: dict[str, frozenset[str]] = {}
         self.info = {
             "engine": "torch",
             "torch": str(torch.__version__),
@@ -371,7 +372,9 @@ class TorchSession(EngineSession):
         return {o: env[o] for o in self.program.stage(stage).outputs}
 
     def _plan(self, stage: str, symbols: Mapping[str, int]) -> _Plan:
-        key = (stage, tuple(sorted(symbols.items())))
+        if stage not in self._symbols:
+            self._symbols[stage] = stage_symbols(self.program.stage(stage))
+        key = (stage, tuple(sorted((k, v) for k, v in symbols.items() if k in self._symbols[stage])))
         if key not in self._plans:
             self._plans[key] = self._build(stage, symbols)
         return self._plans[key]

@@ -54,7 +54,8 @@ def _changes_nothing(n: Node) -> bool:
 
 
 def prune(program: Program) -> Program:
-    """Drops dead nodes, stage inputs and outputs that nobody reads, stages without outputs, and unread parameters.
+    """Drops dead nodes (of a prefix's last layer all but norm, keys and values), stage inputs and outputs that nobody
+    reads, stages without outputs, and unread parameters.
 
     A repeated stage that somebody reads keeps its index and its carries. Parameters end up in the order in which stages
     first read them, which is the order targets write them in.

@@ -81,7 +81,8 @@ def fold(program: Program) -> Program:
 
 
 def tabulate_steps(program: Program) -> Program:
-    """In a repeated stage, what depends only on weights and the step index becomes a table with one row per step.
+    """In a repeated stage, what depends only on weights and the step index (embedded times, modulations of norms)
+    becomes a table with one row per step.
 
     `embed(step, @table)` picks the row; the table is evaluated by the numpy references when it is loaded.
     """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+from vlac.dims import Affine
 from vlac.graph import RUNTIME_INPUTS, Call, Node, Program, Repeat
 from vlac.ops import Type
 from vlac.rewrites.clean import prune
@@ -13,7 +16,7 @@ def hoist_invariants(program: Program) -> Program:
 
     Values that cross become outputs there and inputs here, under one name that no other value of the program has.
     What reads no input at all (`arange`, `full`) stays, and is copied where a moved node needs it; a `tile` stays too,
-    so that one row crosses instead of many.
+    so that one row crosses instead of many; and so does what has a size (of the chunk) that the stage before has not.
     """
     draft = Draft.of(program)
     for at, step in enumerate(draft.steps):
@@ -24,8 +27,9 @@ def hoist_invariants(program: Program) -> Program:
     return prune(draft.build())
 
 
-def _invariant(stage: StageDraft, step: Repeat) -> set[str]:
-    """Names of nodes that read an input and do not change over the turns; outputs of the stage are made here."""
+def _invariant(stage: StageDraft, step: Repeat, types: Mapping[str, Type], own: set[str]) -> set[str]:
+    """Names of nodes that read an input and do not change over the turns; outputs of the stage are made here, and what
+    has a symbol of `own`."""
     changing = {step.index, *(into for _, into, _ in step.carry)}
     outside = {n for n, _ in stage.inputs} - changing
     moved: set[str] = set()
@@ -34,18 +38,21 @@ def _invariant(stage: StageDraft, step: Repeat) -> set[str]:
         values = {i for i in n.inputs if not i.startswith("@")}
         if n.op == "tile" or n.name in stage.outputs or not values <= outside | moved | constant:
             continue
+        if symbols_of([types[n.name]]) & own:
+            continue
         # a node on weights alone is fold's business; here it is a constant like any other
         (moved if values & (outside | moved) else constant).add(n.name)
     return moved
 
 
 def _hoist(draft: Draft, step: Repeat, loop: StageDraft, host: StageDraft) -> None:
-    moved = _invariant(loop, step)
+    types = draft.types(loop)
+    own = symbols_of(dict(loop.inputs).values()) - symbols_of(dict(host.inputs).values())
+    moved = _invariant(loop, step, types, own)
     read = {i for n in loop.nodes if n.name not in moved for i in n.inputs}
     crossing = [n.name for n in loop.nodes if n.name in moved and n.name in read]
     if not crossing:
         return
-    types = draft.types(loop)
     needed = {n.name: n for c in crossing for n in closure(loop.nodes, c)}
     names = _names(draft, loop, host, [n for n in loop.nodes if n.name in needed], set(crossing))
     _bring_inputs(loop, host, needed)
@@ -87,3 +94,8 @@ def _take_inputs(
     loop.nodes = [n for n in loop.nodes if n.name not in moved]
     loop.inputs += [(names[c], types[c]) for c in crossing]
     loop.rename_uses({c: names[c] for c in crossing})
+
+
+def symbols_of(types: Iterable[Type]) -> set[str]:
+    """Symbols in the shapes of these types."""
+    return {s for t in types for d in t.shape if isinstance(d, Affine) for s, _ in d.terms}

@@ -91,11 +91,14 @@ def prepare(
     units: str | None = None,
     strict: bool = False,
     reuse: Reuse | None = None,
+    n_actions: int | None = None,
 ) -> Prepared:
     """Checks and preprocesses one observation; arguments as in `Session.act`.
 
     tokenizer: a loaded one, the bytes of tokenizer.json, or None for policies that read no text.
     reuse: what earlier calls made, for pictures and prompts that are the same again.
+    n_actions: how many rows of the chunk are wanted; where the program can, only so many are computed, from the first
+    rows of the same noise.
     Raises InputError naming the camera, the state, the task, the tokens or the noise.
     """
     wanted = runtime_types(program)
@@ -110,7 +113,7 @@ def prepare(
         ids, warnings = _prompt(io, tokenizer, task, tokens, mask, strict, normalised, reuse)
     elif task is not None or tokens is not None or mask is not None:
         raise InputError("this policy reads no text", remedy="leave task, tokens and mask out")
-    symbols = _symbols(program, len(slots), 0 if ids is None else len(ids))
+    symbols = _symbols(program, len(slots), 0 if ids is None else len(ids), _rows(io, n_actions))
     if given:
         size = _extent(wanted, "image_valid", symbols, len(slots))
         env.update(_camera_values(io, given, len(slots), size, wanted, reuse))
@@ -119,7 +122,8 @@ def prepare(
     if "state" in wanted and normalised is not None:
         env["state"] = normalised
     if "noise" in wanted:
-        env["noise"] = _noise(wanted["noise"].shape, noise, seed)
+        whole = tuple(bind(d, {s.name: s.max for s in program.symbols}) for d in wanted["noise"].shape)
+        env["noise"] = _noise(whole, noise, seed)[: _extent(wanted, "noise", symbols, 0)]
     elif noise is not None:
         raise InputError("this policy samples nothing; it takes no noise", remedy="leave noise out")
     _check(wanted, env, symbols)
@@ -129,9 +133,20 @@ def prepare(
 # --- buckets ---------------------------------------------------------------------------------------------------
 
 
-def _symbols(program: Program, camera_count: int, token_count: int) -> dict[str, int]:
+def _rows(io: IO, n_actions: int | None) -> int | None:
+    if n_actions is None:
+        return None
+    whole = isinstance(n_actions, (int, np.integer)) and not isinstance(n_actions, bool)
+    if not (whole and 1 <= n_actions <= io.chunk_size):
+        raise InputError(f"n_actions={n_actions!r}, expected 1..{io.chunk_size}", remedy="leave it out for all of them")
+    return int(n_actions)
+
+
+def _symbols(program: Program, camera_count: int, token_count: int, rows: int | None = None) -> dict[str, int]:
     """The smallest bucket that holds this observation: padding is dropped, which changes no value (it is masked)."""
     needed = {"C": max(1, camera_count), "T": max(1, token_count)}
+    if rows is not None:
+        needed["N"] = rows
     result = {}
     for symbol in program.symbols:
         least = needed.get(symbol.name, symbol.max)
@@ -332,9 +347,8 @@ def _state(io: IO, state: Any, units: str) -> Array:
     return np.ascontiguousarray(x, dtype=np.float32)
 
 
-def _noise(shape: tuple[Dim, ...], noise: Any, seed: int | None) -> Array:
+def _noise(size: tuple[int, ...], noise: Any, seed: int | None) -> Array:
     """Given noise, or standard normal float32 of PCG64(seed); seed None draws fresh entropy."""
-    size = tuple(bind(d, {}) for d in shape)
     if noise is None:
         if seed is not None and (not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0):
             raise InputError(f"seed is {seed!r}, expected an int >= 0 or None")

@@ -158,7 +158,7 @@ def _check_io(artifact: Artifact, io: IO, where: str) -> None:
     except (InputError, ValueError) as error:
         raise ArtifactError(f"{where}: the steps do not fit: {error}", remedy="compile again") from None
     for name, size in sizes.items():
-        if name in wanted and tuple(bind(d, {}) for d in wanted[name].shape) != size:
+        if name in wanted and tuple(bind(d, artifact.program.max_symbols()) for d in wanted[name].shape) != size:
             raise ArtifactError(f"{where}: {name} is {list(size)}, the program reads {wanted[name]}")
 
 
@@ -169,8 +169,9 @@ class Session:
         hparams: see HParams. info: engine, versions, threads, as a bench report should name them.
         stats: milliseconds of the last `act`: preprocess_ms, one entry per stage (vision_ms, prefix_ms, flow_ms),
             total_ms; flow_held_bytes: results of earlier stages that the loop reads in every turn (keys and values,
-            above all); and "reused": what was taken from earlier calls because its inputs were the same bit for bit, e.g.
-            ("prompt", "picture observation.images.top", "vision[0]"). Empty before.
+            above all); rows_computed: rows of the chunk that were; and "reused": what was taken from earlier calls
+            because its inputs were the same bit for bit, e.g. ("prompt", "picture observation.images.top",
+            "vision[0]"). Empty before.
         tokens: the ids that the last `act` generated, i32 [n], up to and with the one that ended it; None before, and
             for a policy that generates none.
     """
@@ -230,8 +231,9 @@ class Session:
         strict: bool = False,
         unnorm_key: str | None = None,
         reuse: bool = True,
+        n_actions: int | None = None,
     ) -> Array:
-        """One observation -> one action chunk, float32 [chunk_size, action_dim].
+        """One observation -> one action chunk, float32 [chunk_size, action_dim], or its first `n_actions` rows.
 
         Args:
             images: camera (feature key or its last part) -> uint8 [H, W, 3] RGB of any size; also float [H, W, 3] in
@@ -245,6 +247,8 @@ class Session:
             unnorm_key: whose statistics, where the artifact holds several (`hparams.unnorm_keys`); None = the first
                 that was named when compiling.
             reuse: False computes everything anew and remembers nothing; see `stats["reused"]`.
+            n_actions: how many actions are wanted, from the first on. Where no action looks at a later one, only so
+                many (or a few more, the next size there is) are computed: `stats["rows_computed"]`.
 
         Raises:
             InputError: names the camera, state, task, tokens or noise that does not fit.
@@ -273,6 +277,7 @@ class Session:
                 units=units,
                 strict=strict,
                 reuse=known,
+                n_actions=n_actions,
             )
             stats: dict[str, Any] = {"preprocess_ms": (time.perf_counter() - started) * 1e3}
             collected: dict[str, NpArray] = {}
@@ -287,9 +292,10 @@ class Session:
             )
             steps = io.action_steps if units == "robot" else io.normalised_action_steps
             # a copy: the steps may be none, and what a stage returned is kept for the next call
-            chunk = finite_chunk(apply_action_steps(steps, x, ready.state), self._engine.engine).copy()
+            chunk = finite_chunk(apply_action_steps(steps, x, ready.state)[:n_actions], self._engine.engine).copy()
             self._verification.wait()  # before the first chunk leaves: a damaged weight must not move an arm
             stats["reused"] = () if known is None else tuple(known.used)
+            stats["rows_computed"] = ready.symbols.get("N", io.noise_shape[0])
             stats["total_ms"] = (time.perf_counter() - started) * 1e3
             self.stats, self._noted = stats, ready.warnings
             self.tokens = generated(self.artifact.program, collected)
