@@ -72,9 +72,10 @@ class Physics:
 class PushCubes(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     """The Gymnasium environment; the same seed and actions give the same episode, to the pixel."""
 
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - read from the class
+
     def __init__(self, image_size: int = 64, max_steps: int = 80, render_mode: str | None = "rgb_array"):
         self.image_size, self.max_steps, self.render_mode = image_size, max_steps, render_mode
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
         box = gymnasium.spaces.Box
         picture = box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = gymnasium.spaces.Dict(
