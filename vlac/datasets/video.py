@@ -30,8 +30,8 @@ def refusals(path: Path, what: str) -> Iterator[None]:
     av = need("av")
     try:
         yield
-    except (av.FFmpegError, OSError, ValueError, IndexError, EOFError) as error:
-        raise DatasetError(f"{path}: {what}: {error}") from None
+    except (av.FFmpegError, OSError, ValueError, IndexError, EOFError, AttributeError, TypeError) as error:
+        raise DatasetError(f"{path}: {what}: {error}") from None  # (a stream without a known codec lacks attributes)
 
 
 class Video:
@@ -133,4 +133,6 @@ class VideoWriter:
         self._container.close()
 
     def abandon(self) -> None:
-        self._container.close()
+        """Closes the file as it is; whoever calls removes it."""
+        with contextlib.suppress(need("av").FFmpegError, ValueError):
+            self._container.close()

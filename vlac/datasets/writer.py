@@ -202,23 +202,24 @@ class Writer:
     # --- committing ---
 
     def save_episode(self) -> int:
-        """Commits the open episode; when this returns it survives a kill and a loss of power. Returns its number."""
-        frames, index = self.open_frames, self.episodes
-        if not frames:
-            raise InputError("the open episode has no frames")
-        start = int(self._info["total_frames"])
-        tasks = list(dict.fromkeys(self._frame_tasks))
-        known = len(self._tasks)
-        self._tasks += [t for t in tasks if t not in self._tasks]
-        columns: dict[str, Any] = {
-            k: v if self.features[k].is_picture else np.stack(v) for k, v in self._columns.items()
-        }
-        counting = np.arange(frames)
-        columns |= {"timestamp": (counting / self.fps).astype(np.float32), "frame_index": counting}
-        columns |= {"episode_index": np.full(frames, index), "index": start + counting}
-        columns["task_index"] = np.array([self._tasks.index(t) for t in self._frame_tasks])
-        stats = self._episode_stats(columns)
+        """Commits the open episode; when this returns it survives a kill and a loss of power. Returns its number.
 
+        When it fails (a full disk) the writer is closed, what is committed stays, and `resume` goes on.
+        """
+        if not self.open_frames:
+            raise InputError("the open episode has no frames")
+        try:
+            return self._commit()
+        except BaseException:
+            self.close()
+            raise
+
+    def _commit(self) -> int:
+        frames, index, start = self.open_frames, self.episodes, int(self._info["total_frames"])
+        tasks, known = list(dict.fromkeys(self._frame_tasks)), len(self._tasks)
+        self._tasks += [t for t in tasks if t not in self._tasks]
+        columns = self._episode_columns(index, start)
+        stats = self._episode_stats(columns)
         row: dict[str, Any] = {"episode_index": index, "tasks": tasks, "length": frames}
         row |= self._write_data(columns) | {"dataset_from_index": start, "dataset_to_index": start + frames}
         for key in self._videos:
@@ -231,10 +232,20 @@ class Writer:
         replace_json(self.path / STATS, statistics.as_lists(self._stats))
         self._info |= {"total_episodes": index + 1, "total_frames": start + frames, "total_tasks": len(self._tasks)}
         self._info["splits"] = {"train": f"0:{index + 1}"}
-        replace_json(self.path / INFO, self._info)
+        replace_json(self.path / INFO, self._info)  # from here on the episode counts
         self._last = row
         self._clear()
         return index
+
+    def _episode_columns(self, index: int, start: int) -> dict[str, Any]:
+        """Pictures as PNG bytes, everything else as arrays [frames, d] or [frames]."""
+        counting = np.arange(self.open_frames)
+        columns: dict[str, Any] = {
+            k: v if self.features[k].is_picture else np.stack(v) for k, v in self._columns.items()
+        }
+        columns |= {"timestamp": (counting / self.fps).astype(np.float32), "frame_index": counting}
+        columns |= {"episode_index": np.full(len(counting), index), "index": start + counting}
+        return columns | {"task_index": np.array([self._tasks.index(t) for t in self._frame_tasks])}
 
     def _episode_stats(self, columns: Mapping[str, Any]) -> dict[str, statistics.Stats]:
         result = {key: pictures.result() for key, pictures in self._pictures.items()}
@@ -324,7 +335,10 @@ class Writer:
         for left in (*self.path.glob(f".*{UNFINISHED}"), *self.path.glob(f"*/**/.*{UNFINISHED}")):
             left.unlink()
         if self.episodes:
-            self._tasks = [task for _, task in sorted(tasks_v3(self.path).items())]
+            tasks = tasks_v3(self.path)
+            if sorted(tasks) != list(range(len(tasks))):
+                raise DatasetError(f"{self.path / TASKS}: column 'task_index' has gaps: {sorted(tasks)[:8]}")
+            self._tasks = [tasks[i] for i in range(len(tasks))]
             self._last, self._stats = self._committed()
             self._trim(self._episodes_file(*self._last_file("meta/episodes")), "episode_index", self.episodes)
             self._trim(self._data_file(*self._last_file("data")), "index", int(self._info["total_frames"]))
