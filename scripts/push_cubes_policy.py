@@ -89,7 +89,42 @@ def new_policy(folder: Path, seed: int) -> SmolVLAPolicy:
     for name, weight in policy.named_parameters():  # LeRobot would leave the last layer's keys and values random
         weight.requires_grad_(not name.endswith(("lm_head.weight", "text_model.norm.weight")))
     check_position_ids(policy)
+    draw_weights(policy)
     return policy.float()
+
+
+@torch.no_grad()
+def draw_weights(policy: SmolVLAPolicy) -> None:
+    """Fresh weights at the scale of these widths: transformers draws with the 0.02 of models ten times as wide, and
+    positions that hardly show beside the pixels. Biases and norms stay as they are."""
+    layers = 2 * SHAPE.text["num_hidden_layers"]
+    width = SHAPE.text["hidden_size"]
+    for name, weight in policy.named_parameters():
+        if "vlm_with_expert" not in name or weight.ndim < 2:
+            continue
+        scale = weight[0].numel() ** -0.5
+        if name.endswith("embed_tokens.weight"):
+            scale = width**-0.5  # LeRobot multiplies what it looks up, and image tokens, by sqrt(width)
+        elif name.endswith("modality_projection.proj.weight"):
+            scale *= width**-0.5
+        elif name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")):
+            scale *= layers**-0.5
+        if name.endswith("position_embedding.weight"):
+            weight.copy_(waves(*weight.shape))
+        else:
+            weight.normal_(0, scale)
+
+
+def waves(places: int, width: int) -> torch.Tensor:
+    """Sines and cosines of row and column, [places, width]: a start from which near patches look alike."""
+    side = int(places**0.5)
+    grid = torch.arange(side) / side
+    frequencies = torch.arange(1, width // 8 + 1) * 0.5 * torch.pi
+    phases = grid[:, None] * frequencies
+    one = torch.cat([phases.sin(), phases.cos()], 1)
+    one = torch.nn.functional.pad(one, (0, width // 2 - one.shape[1]))
+    rows, columns = one[:, None].expand(side, side, -1), one[None].expand(side, side, -1)
+    return torch.cat([rows, columns], -1).reshape(places, width) * 0.7
 
 
 def load_policy(folder: Path) -> SmolVLAPolicy:

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.processor.converters import policy_action_to_transition, transition_to_policy_action
+from push_cubes_data import FIRST_SEED
 from push_cubes_policy import load_policy
 from tqdm import tqdm
 
-from vlac.sim import TASKS, PushCubes
+from vlac.datasets import Writer
+from vlac.sim import TASKS, Expert, PushCubes
 
 Array = np.ndarray[Any, Any]
 Act = Callable[[list[dict[str, Any]], list[str], list[int]], Array]
@@ -99,6 +101,49 @@ def _some(act: Act, seeds: list[int], steps: int, control: str) -> list[dict[str
                     break
         active = [i for i in active if i not in ended]
     return results
+
+
+def correct(path: Path, act: Act, episodes: int, together: int = 40) -> None:
+    """Adds episodes to the dataset until it holds `episodes`: the policy acts, the recorded action is the expert's.
+
+    So the dataset shows the way back from where the policy itself goes (DAgger, Ross et al. 2011).
+    """
+    expert = Expert()
+    with Writer.resume(path) as writer, tqdm(total=episodes, initial=writer.episodes, desc="correcting") as bar:
+        while writer.episodes < episodes:
+            first = FIRST_SEED + writer.episodes
+            seeds = list(range(first, first + min(together, episodes - writer.episodes)))
+            for instruction, frames in _own(act, expert, seeds):
+                for observation, action in frames:
+                    frame = {f"observation.images.{c}": picture for c, picture in observation["pixels"].items()}
+                    frame |= {"observation.state": observation["agent_pos"], "action": action}
+                    writer.add_frame(frame, instruction)
+                writer.save_episode()
+                bar.update()
+
+
+def _own(act: Act, expert: Expert, seeds: list[int], longest: int = 40) -> list[tuple[str, list[Any]]]:
+    """Episodes of the policy, a random number of each chunk executed: (instruction, [(observation, the expert's
+    action)])."""
+    random = np.random.default_rng([seeds[0], 17])
+    envs = [PushCubes() for _ in seeds]
+    observations = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
+    frames: list[list[Any]] = [[] for _ in seeds]
+    active, calls = list(range(len(seeds))), 0
+    while active:
+        tasks, noise = [envs[i].instruction for i in active], [seeds[i] * 1000 + calls for i in active]
+        chunks = act([observations[i] for i in active], tasks, noise)
+        calls += 1
+        ended = set()
+        for i, chunk in zip(active, chunks, strict=True):
+            for action in chunk[: random.integers(2, 9)]:
+                frames[i].append((observations[i], expert.act(envs[i])))
+                observations[i], _, done, _, _ = envs[i].step(action)
+                if done or len(frames[i]) >= longest:
+                    ended.add(i)
+                    break
+        active = [i for i in active if i not in ended]
+    return [(env.instruction, some) for env, some in zip(envs, frames, strict=True)]
 
 
 def wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:

@@ -37,6 +37,8 @@ DRAWS = 2
 """Times and noises per observation."""
 HELD = 0.6
 """Part of the training with the full learning rate."""
+CORRECTED = 0.45
+"""Part of the training after which the policy's own episodes, with the expert's actions, join the dataset."""
 
 
 class Training:
@@ -66,6 +68,12 @@ class Training:
         self.optimiser.load_state_dict(saved["optimiser"])
         self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
         print(f"going on from step {self.step}")
+
+    @property
+    def done(self) -> float:
+        """The part of the schedule that is behind: of the steps, or of the minutes if that is more."""
+        budget = self.args.minutes * 60 if self.args.minutes else math.inf
+        return max(self.step / self.args.steps, self.seconds / budget)
 
     def keep(self) -> None:
         partial = self.file.with_suffix(".partial")
@@ -102,13 +110,15 @@ class Training:
         return float(loss.detach())
 
 
-def statistics(folder: Path) -> Stats:
-    """Of state and action, as the dataset holds them."""
-    found = json.loads((folder / "meta" / "stats.json").read_text(encoding="utf-8"))
-    kept = {key: found[key] for key in ("observation.state", "action")}
+def statistics(out: Path) -> Stats:
+    """Of state and action, as the dataset holds them before corrections are added."""
+    kept = out / "statistics.json"
+    if not kept.exists():
+        kept.write_bytes((out / "dataset" / "meta" / "stats.json").read_bytes())
+    found = json.loads(kept.read_text(encoding="utf-8"))
     return {
-        key: {name: torch.tensor(v, dtype=torch.float32) for name, v in one.items() if name != "count"}
-        for key, one in kept.items()
+        key: {name: torch.tensor(v, dtype=torch.float32) for name, v in found[key].items() if name != "count"}
+        for key in ("observation.state", "action")
     }
 
 
@@ -144,20 +154,29 @@ class Batches:
 
 
 def train(args: argparse.Namespace) -> None:
-    data.record(args.out / "dataset", args.episodes)
-    stats = statistics(args.out / "dataset")
+    """Demonstrations, half of the training, corrections of what the policy does by then, the rest of the training."""
+    dataset, policy = args.out / "dataset", args.out / "policy"
+    data.record(dataset, args.episodes)
+    stats = statistics(args.out)
     training = Training(args)
+    if training.done < CORRECTED:
+        learn(training, stats, CORRECTED)
+    rollout.correct(dataset, rollout.lerobot_act(policy), args.episodes + args.corrections)
+    frames = learn(training, stats, 1.0)
+    write_json(args.out / "training.json", summary(args, training, frames))
+    draw_curve(training.history, policy / "loss.png")
+
+
+def learn(training: Training, stats: Stats, until: float) -> int:
+    """Trains until the part `until` of the schedule is behind; returns the number of frames in the dataset."""
+    args = training.args
     demonstrations = data.load(args.out / "dataset", small.CHUNK)
     batches = Batches(demonstrations, stats, training.policy, args.seed, args.batch)
-    budget = args.minutes * 60 if args.minutes else math.inf
     bar = tqdm(total=args.steps, initial=training.step, desc="training")
     recent, began, kept = [], time.monotonic() - training.seconds, time.monotonic()
-    while training.step < args.steps:
-        training.seconds = time.monotonic() - began
-        done = max(training.step / args.steps, training.seconds / budget)
-        if done >= 1:
-            break
+    while (done := training.done) < until:
         recent.append(training.learn(batches(training.step), done))
+        training.seconds = time.monotonic() - began
         bar.update()
         if training.step % 50 == 0:
             loss = float(np.mean(recent))
@@ -171,16 +190,16 @@ def train(args: argparse.Namespace) -> None:
     bar.close()
     training.keep()
     training.save_average(stats, args.out / "policy")
-    write_json(args.out / "training.json", summary(args, training, demonstrations))
-    draw_curve(training.history, args.out / "policy" / "loss.png")
+    return len(demonstrations)
 
 
-def summary(args: argparse.Namespace, training: Training, demonstrations: data.Demonstrations) -> dict[str, Any]:
+def summary(args: argparse.Namespace, training: Training, frames: int) -> dict[str, Any]:
     weights = list(training.policy.parameters())
     return {
         "seed": args.seed,
-        "episodes": demonstrations.episodes,
-        "frames": len(demonstrations),
+        "demonstrations": args.episodes,
+        "corrections": args.corrections,
+        "frames": frames,
         "steps": training.step,
         "batch": args.batch,
         "flow_draws_per_observation": DRAWS,
@@ -245,11 +264,12 @@ def write_json(path: Path, value: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--episodes", type=int, default=3000, help="demonstrations")
+    parser.add_argument("--episodes", type=int, default=2400, help="demonstrations")
+    parser.add_argument("--corrections", type=int, default=600, help="episodes of the half-trained policy")
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--minutes", type=float, help="shortens the schedule so that training ends in this time")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval", type=int, metavar="N", help="measure OUT/policy over N episodes instead of training")
     parser.add_argument("--policy", type=Path, help="another folder to measure")

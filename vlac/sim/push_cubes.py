@@ -231,7 +231,7 @@ class PushCubes(gymnasium.Env[dict[str, Any], npt.NDArray[np.float32]]):
     def _observation(self) -> dict[str, Any]:
         x, y = self.pusher_position
         pixels = {}
-        for name, window in (("top", Window(0.5, 0.5, 1.0)), ("follow", Window(float(x), float(y), 0.5))):
+        for name, window in (("top", Window(0.5, 0.5, 1.0)), ("follow", Window(float(x), float(y), 0.9))):
             canvas = Canvas(self.image_size, window, _FLOOR)
             canvas.square(0.5, 0.5, 0.5, 1, 0, _TABLE)
             self._paint(canvas)
