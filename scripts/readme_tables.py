@@ -48,13 +48,37 @@ def precision(report: dict[str, Any]) -> list[str]:
     return [*table(head, rows), "", _made_by(report)]
 
 
+def push_cubes(report: dict[str, Any]) -> list[str]:
+    rows = []
+    for r in report["rows"]:
+        s, d, p = r["success"], r.get("drift"), r.get("paired")
+        figures = [f"{r['mb']:.1f}" if "mb" in r else "", f"{100 * d['relative_l2']:.2g} %" if d else ""]
+        figures += [f"{100 * s['rate']:.1f} % ({100 * s['low']:.1f}..{100 * s['high']:.1f})"]
+        figures += [f"{100 * p['difference']:+.1f} ({100 * p['low']:+.1f}..{100 * p['high']:+.1f})" if p else ""]
+        rows.append([r["target"], r["engine"], *figures, f"{p['p']:.2g}" if p else ""])
+    head = ["policy", "engine", "MB", "drift", "success (95 %)", "difference to fp32, points (95 %)", "p"]
+    base = report["rows"][0]
+    controls = ", ".join(
+        f"{words} {100 * base['controls'][name]['success']['rate']:.1f} %"
+        for name, words in (("shuffled", "told another instruction"), ("blank", "shown black pictures"))
+    )
+    first, last = report["seeds"]
+    what = f"Seeds {first} to {last}; fp32 {controls}. Drift: relative L2 on the recorded observations."
+    how = "Intervals: Wilson's, and Newcombe's for paired differences; p: McNemar's exact."
+    return [*table(head, rows), "", _made_by(report), what, how]
+
+
 def _made_by(report: dict[str, Any]) -> str:
     m, v = report["machine"], report["versions"]
     used = ", ".join(f"{k} {v[k]}" for k in ("onnxruntime", "openvino", "transcribe-cpp-native", "torch"))
     return f"{report['what']}. `{report['command']}`; {m['cpu']}, {m['cores']} cores; {used}."
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"compile_full_size": full_size, "precision": precision}
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "compile_full_size": full_size,
+    "precision": precision,
+    "push_cubes": push_cubes,
+}
 
 
 def filled(text: str) -> str:

@@ -6,8 +6,10 @@ there, acts in a few real episodes.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from math import comb
 from pathlib import Path
@@ -19,8 +21,8 @@ import pytest
 from conftest import ROOT
 
 from vlac import cli
-from vlac.environments import PUSH_CUBES, Adapter, World, named, read_adapter
-from vlac.errors import InputError
+from vlac.environments import PUSH_CUBES, Adapter, World, named, opener, read_adapter
+from vlac.errors import InputError, VlacError
 from vlac.evaluate import Plan, comparison, evaluate, instructions, rollout, run_episode
 from vlac.statistics import Paired, mcnemar_exact, paired, wilson
 
@@ -29,9 +31,10 @@ from smolvla_checkpoint import Shape, write_checkpoint
 
 ZOO = ROOT / "vlac" / "zoo" / "push_cubes"
 needs_sim = pytest.mark.skipif(
-    any(__import__("importlib.util").util.find_spec(m) is None for m in ("gymnasium", "pymunk")),
+    any(importlib.util.find_spec(m) is None for m in ("gymnasium", "pymunk")),
     reason="the extra sim (gymnasium, pymunk) is not installed",
 )
+ALOHA, PUSHT = (importlib.util.find_spec(name) is not None for name in ("gym_aloha", "gym_pusht"))
 needs_policy = pytest.mark.skipif(not (ZOO / "model.safetensors").exists(), reason="no bundled policy in vlac/zoo")
 
 
@@ -237,6 +240,13 @@ def test_the_examples_in_the_documentation_can_be_read() -> None:
         assert read_adapter(file, "x").success == "is_success"
 
 
+def test_an_environment_that_breaks_is_named() -> None:
+    world = tape(3)
+    world.env.step = lambda action: 1 / 0
+    with pytest.raises(VlacError, match="tape failed in step: ZeroDivisionError"):
+        run_episode(Numbers(4), world, 0, Plan(1))
+
+
 def test_a_key_that_is_not_there_is_named() -> None:
     world = World(Adapter("tape", {"eye": "eyes/left"}, task="go"), Tape(3))
     with pytest.raises(InputError, match="obs has no 'eyes'; it has step, eye"):
@@ -396,6 +406,42 @@ def test_a_gymnasium_environment_runs_through_an_adapter_file(artifact: Path, co
     code, out, err = command(*where, "--episodes", 2, "--workers", 1, "--json")
     assert code == 0, err or out
     assert [r["steps"] for r in json.loads(out)["rows"]] == [10, 10]
+
+
+class Still:
+    """Holds the joints where they are: no simulator breaks under it."""
+
+    def act(self, observation: dict[str, Any]) -> np.ndarray[Any, Any]:
+        return np.stack([observation["state"]] * 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("env", "file", "camera", "dims"),
+    [
+        pytest.param(
+            *("gym_pusht/PushT-v0", "pusht.json", "observation.image", 2),
+            marks=pytest.mark.skipif(not PUSHT, reason="gym-pusht is not installed (it needs pymunk 6)"),
+        ),
+        pytest.param(
+            *("gym_aloha/AlohaTransferCube-v0", "aloha.yaml", "observation.images.top", 14),
+            marks=pytest.mark.skipif(not ALOHA, reason="gym-aloha is not installed"),
+        ),
+    ],
+)
+def test_the_documented_adapters_drive_their_environments(env: str, file: str, camera: str, dims: int) -> None:
+    adapter = replace(read_adapter(ROOT / "docs" / "adapters" / file, env), max_steps=12)
+    seen = []
+
+    class Watching(Still):
+        def act(self, observation: dict[str, Any]) -> np.ndarray[Any, Any]:
+            seen.append(observation)
+            return super().act(observation)
+
+    (episode,) = rollout(Watching(), opener(adapter), [3], 4)
+    assert (episode.steps, episode.success, len(seen)) == (12, False, 3)
+    assert seen[0]["images"][camera].dtype == np.uint8 and seen[0]["images"][camera].std() > 5
+    assert seen[0]["state"].shape == (dims,)
 
 
 @needs_sim

@@ -202,7 +202,7 @@ class World:
 
     def reset(self, seed: int) -> Observation:
         """The first observation of episode `seed`."""
-        observation, info = self.env.reset(seed=seed)
+        observation, info = self._asked("reset", lambda: self.env.reset(seed=seed))
         a = self.adapter
         self.task = a.task or str(_at(a.task_from, info, "info"))
         self.goal = " ".join(str(_at(path, info, "info")) for path in a.goal) or self.task
@@ -210,7 +210,7 @@ class World:
 
     def step(self, action: NpArray) -> tuple[Observation, bool, bool]:
         """(next observation, success, ended) after one action [action_dim]."""
-        observation, _, terminated, truncated, info = self.env.step(action)
+        observation, _, terminated, truncated, info = self._asked("step", lambda: self.env.step(action))
         success = _at(self.adapter.success, info, "info")
         return self._seen(observation), bool(success), bool(terminated or truncated)
 
@@ -222,6 +222,15 @@ class World:
     def close(self) -> None:
         """Frees what the environment holds."""
         self.env.close()
+
+    def _asked(self, what: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # whatever the environment raises: its physics may break under a policy's actions
+            raise VlacError(
+                f"{self.adapter.env} failed in {what}: {type(error).__name__}: {error}",
+                remedy="actions far outside its range can do that: was the policy trained for this environment?",
+            ) from error
 
     def _seen(self, observation: Any) -> Observation:
         a = self.adapter
