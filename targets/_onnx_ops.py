@@ -463,17 +463,39 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     q, k, v = (e(i) for i in n.inputs[:3])
     if n.attr["scale"] != 1.0:
         q = e.once(("scaled", q, n.attr["scale"]), lambda: e.node("Mul", [q, e.f32(n.attr["scale"])], e.tmp(out, "q")))
+    if per == 1:
+        _attend_each_head(e, n, (q, k, v), out)
+        return
     q = e.transpose(e.reshape(q, e.tmp(out, "q4"), queries, groups, per, d), e.tmp(out, "qt"), 1, 2, 0, 3)
     q = e.reshape(q, e.tmp(out, "q3"), groups, per * queries if queries > 0 else -1, d)
     k = e.transpose(e.reshape(k, e.tmp(out, "k3"), keys, groups, d), e.tmp(out, "kt"), 1, 2, 0)
     v = e.transpose(e.reshape(v, e.tmp(out, "v3"), keys, groups, v_dim), e.tmp(out, "vt"), 1, 0, 2)
+    y = _attend(e, n, (q, k, v), per, out)
+    y = e.reshape(y, e.tmp(out, "y4"), groups, per, queries, v_dim)
+    e.reshape(e.transpose(y, e.tmp(out, "yt"), 2, 0, 1, 3), out, queries, heads * v_dim)
+
+
+def _attend_each_head(e: StageEmitter, n: Node, x: tuple[str, str, str], out: str) -> None:
+    """As many key heads as query heads: in four dimensions, whose transposes OpenVINO's attention kernel absorbs."""
+    heads = n.attr["heads"]
+    q, k, v = (
+        e.transpose(e.reshape(name, e.tmp(out, f"{c}4"), 1, rows, heads, width // heads), e.tmp(out, f"{c}t"), *perm)
+        for name, c, (rows, width), perm in zip(
+            x, "qkv", (e.shape(i) for i in n.inputs[:3]), ((0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 1, 3)), strict=True
+        )
+    )
+    y = _attend(e, n, (q, k, v), 1, out)
+    e.reshape(e.transpose(y, e.tmp(out, "yt"), 0, 2, 1, 3), out, e.shape(n.inputs[0])[0], e.shape(n.inputs[2])[1])
+
+
+def _attend(e: StageEmitter, n: Node, x: tuple[str, str, str], per: int, out: str) -> str:
+    """Softmax(q k) v over the last two dimensions; keys come transposed, the scale lies in the queries."""
+    q, k, v = x
     scores = e.node("MatMul", [q, k], e.tmp(out, "scores"))
     if len(n.inputs) > 3:
         scores = e.node("Add", [scores, _mask_bias(e, n.inputs[3], per)], e.tmp(out, "masked"))
     p = e.node("Softmax", [scores], e.tmp(out, "p"), axis=-1)
-    y = e.node("MatMul", [p, v], e.tmp(out, "y"))
-    y = e.reshape(y, e.tmp(out, "y4"), groups, per, queries, v_dim)
-    e.reshape(e.transpose(y, e.tmp(out, "yt"), 2, 0, 1, 3), out, queries, heads * v_dim)
+    return e.node("MatMul", [p, v], e.tmp(out, "y"))
 
 
 def _mask_bias(e: StageEmitter, mask: str, per: int) -> str:

@@ -9,7 +9,7 @@ _onnx_ops.py). manifest["onnx"] tells which graph is which.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,24 @@ def lower(program: Program, options: Mapping[str, Any]) -> Program:
     return pad_to_blocks(program.bind(program.max_symbols()) if static else program)
 
 
-def emit(program: Program, sidecars: Sidecars, folder: Path, options: Mapping[str, Any], progress: Progress) -> None:
-    """Writes the folder; peak memory is a few copies of the largest tensor."""
+def emit(
+    program: Program,
+    sidecars: Sidecars,
+    folder: Path,
+    options: Mapping[str, Any],
+    progress: Progress,
+    kinds: Sequence[str] = (),
+) -> None:
+    """Writes the folder, with the forms `kinds` (default: all that differ); peak memory is a few copies of the largest
+    tensor."""
     store = TensorStore(folder, program, progress)
-    bounds = ranges(program.bind(program.max_symbols()))
+    bounds, kinds = ranges(program.bind(program.max_symbols())), kinds or forms(program)
     if options.get("single_file"):
         from vlac.targets._onnx_single import write_single
 
-        stages = write_single(program, store, folder, bounds, forms(program))
+        stages = write_single(program, store, folder, bounds, tuple(kinds))
     else:
-        stages = {s.name: write_stage(program, s, store, folder, bounds[s.name]) for s in program.stages}
+        stages = {s.name: write_stage(program, s, store, folder, bounds[s.name], kinds) for s in program.stages}
     for name in program.params:  # those no stage reads, too: an artifact holds every parameter of its program
         store.param(name, f"{list(stages)[-1]}.onnx.data")
     extra = {"tensors": store.index(), "onnx": stages, "single_file": bool(options.get("single_file"))}
@@ -78,10 +86,15 @@ def _long_attention(program: Program, stage: Stage) -> bool:
 
 
 def write_stage(
-    program: Program, stage: Stage, store: TensorStore, folder: Path, bounds: Mapping[str, Range]
+    program: Program,
+    stage: Stage,
+    store: TensorStore,
+    folder: Path,
+    bounds: Mapping[str, Range],
+    kinds: Sequence[str],
 ) -> dict[str, str]:
     """The graph files of one stage; returns form -> file name."""
-    kinds = [f for f in forms(program) if f != "linears" or _long_attention(program, stage)]
+    kinds = [f for f in kinds if f != "linears" or _long_attention(program, stage)]
     files = graph_names(stage.name, kinds)
     types = infer_stage(stage, program.params)
     for form, name in files.items():

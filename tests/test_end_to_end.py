@@ -25,6 +25,8 @@ BOUNDS = {
     "onnx-fp16": (ONNX, 2e-3),
     "onnx-int8": (ONNX, 6e-2),
     "onnx-int4": (ONNX, 0.55),
+    "openvino-int8": (ONNX, 6e-2),
+    "openvino-bf16": (ONNX, 2.5e-2),
     "gguf-f32": (GGUF, 2e-5),
     "gguf-f16": (GGUF, 3e-3),
     "gguf-bf16": (GGUF, 2.5e-2),

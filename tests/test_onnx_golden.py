@@ -66,7 +66,7 @@ def test_int8_with_exact_activations_costs_what_the_weights_cost(
     with vlac.load(artifact, engine="numpy") as policy:
         decoded = policy.act(**g.observation(0))
     with vlac.load(artifact, engine="openvino", threads=1, options={"precision": "f32"}) as policy:
-        assert relative_max(policy.act(**g.observation(0)), decoded) <= 1e-2
+        assert relative_max(policy.act(**g.observation(0)), decoded) <= 1.5e-2
     with vlac.load(artifact, engine="onnxruntime", threads=1) as policy:
         assert relative_max(policy.act(**g.observation(0)), decoded) <= 3e-2
 

@@ -1,8 +1,8 @@
 """OpenVINO on the same ONNX artifacts; for int8 on the weight-only graphs, with dynamic quantisation of activations.
 
 Options: "precision" ("f32" or "bf16", of every stage), "device" (default "CPU").
-Default precision: f32; in int8 and int4 artifacts stages outside a Repeat use bf16 where the CPU has it, because there
-the weights' rounding is ten times larger. A repeated stage carries the flow state and stays f32.
+Default precision: f32; bf16 where the CPU has it in artifacts whose weights are rounded coarser than that (int8, int4:
+three times bf16's own error) or are bf16 themselves. What crosses between stages, and the flow state, is float32.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import numpy as np
 
 from vlac.artifact import Artifact
 from vlac.engines.base import Engine, EngineSession, NpArray, Values
-from vlac.engines.onnx_files import SINGLE, default_threads, graph_files, integer_formats, repeated_stages
+from vlac.engines.onnx_files import SINGLE, default_threads, graph_files, integer_formats
 from vlac.errors import EngineError
+from vlac.formats import FORMATS
 from vlac.graph import Program, Stage, infer_stage
 
 DECLINES: Mapping[str, str] = {
@@ -26,6 +27,8 @@ DECLINES: Mapping[str, str] = {
 """op -> why this engine does not run it."""
 
 PRECISIONS = ("f32", "bf16")
+LEAST_GROUP, LARGEST_GROUP = 128, 384
+"""Of values that share a scale: smaller groups cost time (128: 9 % of SmolVLA's vision), larger ones accuracy."""
 FEW_ROWS = 9
 """Attention and MLPs over fewer rows than this are kept from OpenVINO's code generator: see `_snippets`."""
 _NATIVE_ERRORS = (RuntimeError, ValueError, TypeError, OSError)
@@ -53,7 +56,8 @@ class OpenVinoSession(EngineSession):
         self._outputs: dict[str, tuple[str, ...]] = {}
         program = artifact.program
         for stage, path in files.items():
-            properties = _properties(artifact, device, count, precisions[stage])
+            properties = _properties(device, count, precisions[stage])
+            properties |= _groups(program, stage, device)
             properties |= _snippets(program, stage, device)
             inputs = None if self._single else [n for n, _ in program.stage(stage).inputs]
             self._outputs[stage] = (program.schedule.result,) if self._single else program.stage(stage).outputs
@@ -72,10 +76,8 @@ class OpenVinoSession(EngineSession):
                 raise EngineError(f"openvino precision {asked!r}; there are: {', '.join(PRECISIONS)}")
             return dict.fromkeys(stages, str(asked))
         fast = "BF16" in self._core.get_property(device, "OPTIMIZATION_CAPABILITIES")
-        if not (fast and integer_formats(artifact)):
-            return dict.fromkeys(stages, "f32")
-        exact = repeated_stages(artifact) | {SINGLE}
-        return {s: "f32" if s in exact else "bf16" for s in stages}
+        rounded = any(p.format == "bf16" for p in artifact.program.params.values()) or integer_formats(artifact)
+        return dict.fromkeys(stages, "bf16" if fast and rounded else "f32")
 
     def _open(
         self, stage: str, path: Path, device: str, properties: Mapping[str, Any], inputs: list[str] | None
@@ -123,20 +125,36 @@ class OpenVinoSession(EngineSession):
         self._requests.clear()
 
 
-def _properties(artifact: Artifact, device: str, threads: int, precision: str) -> dict[str, Any]:
-    formats = integer_formats(artifact)
+def _properties(device: str, threads: int, precision: str) -> dict[str, Any]:
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     if device != "CPU":
         return properties
-    # rows of activations are quantised in groups: 256 is fastest with one scale per weight row, 32 is int4's own block
-    group = 32 if "int4" in formats else 256 if formats else 0
-    return {
-        **properties,
-        "NUM_STREAMS": 1,
-        "INFERENCE_NUM_THREADS": threads,
-        "ENABLE_CPU_PINNING": False,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
-    }
+    return {**properties, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+
+
+def _groups(program: Program, stage: str, device: str) -> dict[str, int]:
+    """How many values of a row of activations share a scale, for all linears of a stage; 0: they stay float.
+
+    Weights that come in blocks want their own block. For int8 weights: the size that divides the input widths of most of the work, the
+    largest of those. Sizes that divide no width cost up to a tenth; widths below the size are not quantised at all;
+    sizes that are no multiple of 16 turn the integer kernels off.
+    """
+    stages = program.stages if stage == SINGLE else (program.stage(stage),)
+    names = [n.inputs[1] for s in stages for n in s.nodes if n.op == "linear" and n.inputs[1].startswith("@")]
+    weights = [program.params[name[1:]] for name in names]
+    if device != "CPU":
+        return {}
+    blocks = [FORMATS[w.format].block for w in weights]
+    if max(blocks, default=1) > 1:
+        return {"DYNAMIC_QUANTIZATION_GROUP_SIZE": min(b for b in blocks if b > 1)}
+    work: dict[int, int] = {}
+    for w in weights:
+        if w.format == "int8":
+            work[w.shape[1]] = work.get(w.shape[1], 0) + w.shape[0] * w.shape[1]
+    most = min([LARGEST_GROUP, *work]) // 16 * 16
+    sizes = range(most, max(min(LEAST_GROUP, most), 16) - 1, -16)
+    best = max(sizes, key=lambda size: sum(v for k, v in work.items() if k % size == 0), default=0)
+    return {"DYNAMIC_QUANTIZATION_GROUP_SIZE": best if work else 0}
 
 
 def _snippets(program: Program, stage: str, device: str) -> dict[str, str]:

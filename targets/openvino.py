@@ -1,0 +1,30 @@
+"""Targets openvino-int8 and openvino-bf16: the ONNX folder with what OpenVINO runs fastest, and nothing beside it.
+
+int8: weights as DequantizeLinear, which OpenVINO keeps as integers and multiplies with activations that it quantises in
+groups while running; all else in bf16 where the CPU has it. Needs no calibration. bf16: weights stored as they are
+used, half of onnx-fp32's file. Neither holds the graphs of ONNX Runtime's integer kernels; it runs them all the same.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from vlac.registry import Target, targets
+from vlac.targets.onnx import emit, lower
+
+ENGINES = ("openvino", "onnxruntime")
+FORMS = ("portable",)
+_OPTIONS = {"single_file": "one model.onnx that makes the whole chunk, the flow steps in a Loop"}
+
+
+def _plan(linear: str, name: str, shape: tuple[int, ...], role: str) -> str:
+    return linear if role in ("linear", "embed") else "f32"
+
+
+def _target(precision: str, doc: str) -> Target:
+    plan, write = partial(_plan, precision), partial(emit, kinds=FORMS)
+    return targets.add(Target(f"openvino-{precision}", plan, lower, write, ENGINES, _OPTIONS, doc))
+
+
+INT8 = _target("int8", "int8 weights for OpenVINO, activations quantised in groups while running, the rest bf16")
+BF16 = _target("bf16", "bfloat16 weights and arithmetic for OpenVINO: safe and fast where the CPU has bf16")
