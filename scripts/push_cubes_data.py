@@ -72,7 +72,8 @@ class Demonstrations:
     valid: Array
     phrase: Array
     """i64 [n, 3]: cube, direction, phrasing."""
-    episodes: int
+    cubes: Array
+    """f32 [n, 2, 2]: where the red and the blue cube are, found by their colour in the top view."""
 
     def __len__(self) -> int:
         return len(self.state)
@@ -92,7 +93,21 @@ def load(path: Path, chunk: int) -> Demonstrations:
         state[i], action[i] = frame["state"], frame["action"]
         phrase[i], episode[i] = meaning[frame["task"]], frame["episode"]
     chunks, valid = _chunks(state, action, episode, chunk)
-    return Demonstrations(pictures, state, chunks, valid, phrase, len(dataset.episodes))
+    return Demonstrations(pictures, state, chunks, valid, phrase, find_cubes(pictures["top"]))
+
+
+def find_cubes(top: Array) -> Array:
+    """Centres of red and of blue in top views u8 [n, 64, 64, 3], f32 [n, 2, 2] in table units."""
+    places = ((np.arange(64) + 0.5) / 64).astype(np.float32)
+    result = np.empty((len(top), 2, 2), np.float32)
+    for cube, (more, less) in enumerate(((0, 2), (2, 0))):
+        for start in range(0, len(top), 1024):
+            some = top[start : start + 1024].astype(np.float32)
+            weight = np.maximum(some[..., more] - some[..., less] - 8, 0)
+            total = np.maximum(weight.sum((1, 2)), 1e-6)
+            result[start : start + 1024, cube, 0] = weight.sum(1) @ places / total
+            result[start : start + 1024, cube, 1] = weight.sum(2) @ places[::-1] / total
+    return result
 
 
 def _chunks(state: Array, action: Array, episode: Array, length: int) -> tuple[Array, Array]:
@@ -148,6 +163,12 @@ def _turned(data: Demonstrations, chosen: Array, symmetry: tuple[bool, bool, boo
     state = data.state[chosen]
     result["state"] = np.concatenate([turn(state[:, :2] - 0.5) + np.float32(0.5), turn(state[:, 2:])], 1)
     result["action"], result["valid"] = turn(data.chunks[chosen]), data.valid[chosen]
+    cubes = turn(data.cubes[chosen] - 0.5) + np.float32(0.5)
+    result["cubes"] = cubes[:, ::-1] if swap else cubes
     new_way = [int(np.argmax(ways @ turn(w))) for w in ways]
+    named = data.phrase[chosen, 0] ^ swap
+    rows = np.arange(len(chosen))
+    result["named"], result["other"] = result["cubes"][rows, named], result["cubes"][rows, 1 - named]
+    result["way"] = ways[[new_way[w] for w in data.phrase[chosen, 1]]].astype(np.float32)
     result["task"] = [_PHRASES[(c ^ swap) * 4 + new_way[w]][p] for c, w, p in data.phrase[chosen]]
     return result

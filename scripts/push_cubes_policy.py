@@ -156,6 +156,45 @@ def save(policy: SmolVLAPolicy, stats: Mapping[str, Mapping[str, torch.Tensor]],
             processor.save_pretrained(".")
 
 
+class Probe(torch.nn.Module):
+    """Helps the backbone to see early: linear readings of where things are, from the image tokens and from the state
+    token before the last layer, and of what the expert does next. Thrown away after training."""
+
+    AHEAD = 5
+
+    def __init__(self, policy: SmolVLAPolicy):
+        super().__init__()
+        width, tokens = SHAPE.text["hidden_size"], (8 // SHAPE.scale_factor) ** 2
+        self.cameras = torch.nn.ModuleList(torch.nn.Linear(tokens * width, 4) for _ in SHAPE.cameras)
+        self.inner, self.outer = torch.nn.Linear(width, 128), torch.nn.Linear(128, 6 + 2 * self.AHEAD)
+        backbone = policy.model.vlm_with_expert.get_vlm_model()
+        self._images: list[torch.Tensor] = []
+        self._hidden: list[torch.Tensor] = []
+        backbone.connector.register_forward_hook(lambda module, inputs, output: self._images.append(output))
+        last = backbone.text_model.layers[-1].input_layernorm
+        last.register_forward_hook(lambda module, inputs, output: self._hidden.append(output))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The error of the readings of what was just computed for `batch`."""
+        here = batch["pusher"]
+        seen = [(batch["cubes"] - 0.5) / 0.25, ((batch["cubes"] - here[:, None]) / 0.25).clamp(-2, 2)]
+        loss = torch.zeros(())
+        for head, tokens, truth in zip(self.cameras, self._images, seen, strict=True):
+            scale = tokens.shape[-1] ** 0.5  # as LeRobot scales image tokens
+            loss = loss + ((head(tokens.flatten(1) * scale) - truth.flatten(1)) ** 2).mean()
+        read = self.outer(torch.nn.functional.silu(self.inner(self._hidden[0][:, -1])))
+        places = torch.cat([(batch["named"] - here) / 0.25, (batch["other"] - here) / 0.25, batch["way"]], 1)
+        loss = loss + ((read[:, :6] - places) ** 2).mean()
+        wanted, inside = batch["action"][:, : self.AHEAD], ~batch["action_is_pad"][:, : self.AHEAD, None]
+        errors = (read[:, 6:].unflatten(1, (self.AHEAD, 2)) - wanted) ** 2
+        self.forget()
+        return loss + (errors * inside).sum() / inside.sum() / 2
+
+    def forget(self) -> None:
+        self._images.clear()
+        self._hidden.clear()
+
+
 def flow_loss(policy: SmolVLAPolicy, batch: dict[str, torch.Tensor], draws: int) -> torch.Tensor:
     """SmolVLAPolicy.forward's loss with `draws` times and noises for each observation, whose prefix, which sees no
     action, is computed once: by the same LeRobot functions that sampling calls."""

@@ -37,6 +37,8 @@ DRAWS = 2
 """Times and noises per observation."""
 HELD = 0.6
 """Part of the training with the full learning rate."""
+PROBED = 0.5
+"""Weight of the readings' error at the start; it falls to nothing."""
 CORRECTED = 0.45
 """Part of the training after which the policy's own episodes, with the expert's actions, join the dataset."""
 
@@ -52,8 +54,10 @@ class Training:
         for layer in vision.encoder.layers:  # the same attention, faster backwards at these sizes
             layer.self_attn.config._attn_implementation = "eager"
         self.weights = [w for w in self.policy.parameters() if w.requires_grad]
+        self.probe = small.Probe(self.policy)
         decayed = [w for w in self.weights if w.ndim > 1]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": [w for w in self.weights if w.ndim < 2]}]
+        groups.append({"params": list(self.probe.parameters())})
         self.optimiser = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.average = [w.detach().clone() for w in self.weights]
         self.step, self.seconds, self.history = 0, 0.0, []
@@ -62,7 +66,11 @@ class Training:
 
     def _resume(self) -> None:
         saved = torch.load(self.file, weights_only=True)
-        for into, values in ((self.weights, saved["weights"]), (self.average, saved["average"])):
+        for into, values in (
+            (self.weights, saved["weights"]),
+            (self.average, saved["average"]),
+            (self.probe.parameters(), saved["probe"]),
+        ):
             for weight, value in zip(into, values, strict=True):
                 weight.data.copy_(value)
         self.optimiser.load_state_dict(saved["optimiser"])
@@ -78,6 +86,7 @@ class Training:
     def keep(self) -> None:
         partial = self.file.with_suffix(".partial")
         state = {"weights": [w.detach() for w in self.weights], "average": self.average}
+        state["probe"] = [w.detach() for w in self.probe.parameters()]
         state |= {"optimiser": self.optimiser.state_dict(), "step": self.step, "seconds": self.seconds}
         torch.save({**state, "history": self.history}, partial)
         partial.replace(self.file)
@@ -91,8 +100,9 @@ class Training:
         for weight, value in zip(self.weights, now, strict=True):
             weight.data.copy_(value)
 
-    def learn(self, batch: dict[str, torch.Tensor], done: float) -> float:
-        """One step; done in 0..1 is how much of the training is behind it. The rate is held, then falls to nothing."""
+    def learn(self, batch: dict[str, torch.Tensor], done: float) -> tuple[float, float]:
+        """One step: (flow loss, error of the readings). `done` in 0..1 is how much of the training is behind it. The
+        rate is held, then falls to nothing."""
         fall = min(1.0, (1 - done) / (1 - HELD))
         rate = self.args.lr * min(1.0, (self.step + 1) / 200) * 0.5 * (1 - math.cos(math.pi * fall))
         for group in self.optimiser.param_groups:
@@ -100,14 +110,15 @@ class Training:
         torch.manual_seed(self.args.seed * 10_000_019 + self.step)
         with torch.autocast("cpu", torch.bfloat16):
             loss = small.flow_loss(self.policy, batch, DRAWS)
-        loss.backward()
+            read = self.probe(batch)
+        (loss + PROBED * (1 - done) * read).backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.step += 1
         decay = min(0.998, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.average, [w.detach() for w in self.weights], 1 - decay)
-        return float(loss.detach())
+        return float(loss.detach()), float(read.detach())
 
 
 def statistics(out: Path) -> Stats:
@@ -149,6 +160,8 @@ class Batches:
         result["observation.language.tokens"] = torch.tensor(ids)
         mask = torch.tensor([[i < len(t) for i in range(longest)] for t in tokens])
         result["observation.language.attention_mask"] = mask
+        result["pusher"] = torch.from_numpy(raw["state"][:, :2].astype(np.float32))
+        result |= {k: torch.from_numpy(np.ascontiguousarray(raw[k])) for k in ("cubes", "named", "other", "way")}
         result["action_is_pad"] = ~torch.from_numpy(raw["valid"])
         return result
 
@@ -179,10 +192,10 @@ def learn(training: Training, stats: Stats, until: float) -> int:
         training.seconds = time.monotonic() - began
         bar.update()
         if training.step % 50 == 0:
-            loss = float(np.mean(recent))
-            training.history.append([training.step, round(training.seconds, 1), loss])
+            loss, read = (float(v) for v in np.mean(recent, 0))
+            training.history.append([training.step, round(training.seconds, 1), loss, read])
             recent = []
-            bar.set_postfix(loss=f"{loss:.4f}")
+            bar.set_postfix(read=f"{read:.4f}", loss=f"{loss:.4f}")
         if time.monotonic() - kept > 180:
             training.keep()
             training.save_average(stats, args.out / "policy")
@@ -209,7 +222,7 @@ def summary(args: argparse.Namespace, training: Training, frames: int) -> dict[s
         "parameters": sum(w.numel() for w in weights),
         "trained_parameters": sum(w.numel() for w in weights if w.requires_grad),
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "lerobot": "0.6.1"},
-        "loss": [[step, seconds, round(loss, 5)] for step, seconds, loss in training.history],
+        "loss": [[step, seconds, round(loss, 5), round(read, 5)] for step, seconds, loss, read in training.history],
     }
 
 
@@ -269,7 +282,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--minutes", type=float, help="shortens the schedule so that training ends in this time")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval", type=int, metavar="N", help="measure OUT/policy over N episodes instead of training")
     parser.add_argument("--policy", type=Path, help="another folder to measure")
