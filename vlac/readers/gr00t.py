@@ -1,8 +1,9 @@
-"""GR00T N1.7 folders as NVIDIA publishes them -> Policy, for one embodiment.
+"""GR00T N1.7 folders, NVIDIA's and LeRobot's -> Policy, for one embodiment.
 
-config.json, shards, processor_config.json, statistics.json and embodiment_id.json. The VLM's own config and tokenizer
-are not in a release: its sizes come from the folder that `model_name` names, if it lies inside the checkpoint, else
-from the table here; the tokenizer from there or from --tokenizer. N1.5 and N1.6 have another VLM and are refused.
+NVIDIA's: config.json, shards, processor_config.json, statistics.json and embodiment_id.json; LeRobot's: see
+gr00t_lerobot.py. The VLM's own config and tokenizer are not in a release: its sizes come from the folder that
+`model_name` names, if it lies inside the checkpoint, else from the table here; the tokenizer from there or from
+--tokenizer. N1.5 and N1.6 have another VLM and are refused.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from vlac.errors import CheckpointError, Unsupported
 from vlac.families.groot import GrootSpec
 from vlac.io import IO
 from vlac.policy import Policy, Source
+from vlac.readers import gr00t_lerobot
 from vlac.readers.gr00t_processor import Embodiment, image_steps, make_io, picture_limits, read_embodiment
 from vlac.readers.gr00t_weights import canonical_weights, plain_names
 from vlac.readers.hub import local_companion
@@ -73,7 +76,9 @@ def version(table: Mapping[str, Any]) -> str:
     backbone = table.get("backbone_cfg")
     older = isinstance(backbone, dict) and "eagle_path" in backbone
     # LeRobot's folders of that time name a tokenizer
-    older = older or (table.get("type") == "groot" and "tokenizer_assets_repo" in table)
+    older = older or (table.get("type") == "groot" and table.get("tokenizer_assets_repo") is not None)
+    if not found and table.get("type") == "groot":
+        return "N1.5" if older else gr00t_lerobot.version(table)
     return found[0] if found else "N1.5" if older else ""
 
 
@@ -301,22 +306,20 @@ def read(folder: Path, options: ReadOptions) -> Policy:
     """The Policy of a folder. Raises CheckpointError and Unsupported as in vlac.errors."""
     table = read_json(folder / "config.json")
     found = version(table)
-    if table.get("type") == "groot" and found != "N1.5":
-        raise Unsupported(
-            f"{folder}: a GR00T policy as LeRobot saves it; only NVIDIA's own layout is read (config.json with "
-            "model_type, processor_config.json, statistics.json)",
-            remedy="compile the folder that was trained from, or export to NVIDIA's layout",
-        )
     if found != "N1.7":
         raise Unsupported(
             f"{folder}: GR00T {found}: its VLM is an Eagle, only N1.7 (Qwen3-VL) is implemented",
             remedy="LeRobot 0.5.1 and Isaac-GR00T run it",
         )
-    config = Config(folder / "config.json", table)
-    config.refuse("backbone_model_type", "qwen", why="not implemented")
-    tensors, name = plain_names(open_folder(folder)), config.take("model_name", "nvidia/Cosmos-Reason2-2B")
-    backbone, robot = _backbone(folder, name), read_embodiment(folder, config, options)
+    config, tensors = Config(folder / "config.json", table), plain_names(open_folder(folder))
     warnings: list[str] = []
+    if table.get("type") == "groot":
+        config, robot, rename = gr00t_lerobot.read_robot(folder, config, tensors, options, warnings)
+    else:
+        robot, rename = read_embodiment(folder, config, options), {}
+    config.refuse("backbone_model_type", "qwen", why="not implemented")
+    name = config.take("model_name", "nvidia/Cosmos-Reason2-2B")
+    backbone = _backbone(folder, name)
     limits, normal = picture_limits(local_companion(folder, name, "preprocessor_config.json"))
     patch = _shape(tensors, "visual.patch_embed.proj.weight", 5)[-1]
     pictures, image = image_steps(robot.processor, config, patch * 2, limits, normal)
@@ -326,7 +329,7 @@ def read(folder: Path, options: ReadOptions) -> Policy:
     if (spec.vision.image_size, spec.cameras) != (image, len(robot.cameras)):
         raise Unsupported("--spec: pictures' size and number come from processor_config.json")
     sections = _sections(backbone, spec.text.head_dim // 2)
-    io: IO = make_io(spec, robot, pictures, picture_prompt(spec), options)
+    io: IO = replace(make_io(spec, robot, pictures, picture_prompt(spec), options), rename=rename)
     if robot.tag == "libero_sim":
         warnings.append(
             "libero_sim: the environment wants the gripper as -sign(2g - 1); actions here are the network's"
@@ -346,10 +349,10 @@ def read(folder: Path, options: ReadOptions) -> Policy:
 
 
 def detect(path: Path) -> bool:
-    """A folder whose config.json is a GR00T's of any version; those that LeRobot saved are only told what they are."""
+    """A folder whose config.json is a GR00T's of any version."""
     config = path / "config.json"
     table = read_json(config) if config.is_file() else None
     return isinstance(table, dict) and (table.get("type") == "groot" or ("type" not in table and version(table) != ""))
 
 
-READER = readers.add(Reader("gr00t", detect, read, doc="GR00T N1.7 as NVIDIA publishes it"))
+READER = readers.add(Reader("gr00t", detect, read, doc="GR00T N1.7, NVIDIA's folders and LeRobot's"))

@@ -106,13 +106,19 @@ def read_embodiment(folder: Path, config: Config, options: ReadOptions) -> Embod
     if type(index) is not int or not 0 <= index < most:
         raise CheckpointError(f"{ids_path}: {tag!r} has id {index!r}, expected 0 to {most - 1}")
     modality, stats = (Config(p, Config(p, t).table(tag)) for p, t in ((path, modalities), (where, statistics)))
+    return robot_of(tag, index, processor, modality, stats, config.size("action_horizon", 40))
+
+
+def robot_of(tag: str, index: int, processor: Config, modality: Config, stats: Config, horizon: int) -> Embodiment:
+    """A robot from its entries of modality_configs and of the statistics; the network has `horizon` rows."""
+    path, where = modality.path, stats.path
     video, state, action = (Config(path, modality.table(k)) for k in ("video", "state", "action"))
     for name, part in (("video", video), ("state", state)):
         if len(part.raw("delta_indices", [0])) != 1:
             raise Unsupported(f"{path}: {tag}: a history of {len(part.raw('delta_indices'))} in {name}")
     rows = len(action.raw("delta_indices", []))
-    if not 1 <= rows <= config.size("action_horizon", 40):
-        raise CheckpointError(f"{path}: {tag}: {rows} steps of {config.size('action_horizon', 40)} in delta_indices")
+    if not 1 <= rows <= horizon:
+        raise CheckpointError(f"{path}: {tag}: {rows} steps of {horizon} in delta_indices")
     processor.refuse("use_mean_std", False, None, why="not implemented")
     kind = ("q01", "q99") if processor.take("use_percentiles", True) else ("min", "max")
     plain = stats.table("state")
@@ -121,7 +127,7 @@ def read_embodiment(folder: Path, config: Config, options: ReadOptions) -> Embod
         index,
         processor,
         tuple(_names(path, video)),
-        tuple(_group(where, n, plain.get(n), kind) for n in _names(path, state)),
+        tuple(group_of(where, n, plain.get(n), kind) for n in _names(path, state)),
         tuple(_actions(where, action, stats, kind, processor.raw("use_relative_action", False), rows)),
         rows,
         kind[0] == "q01",
@@ -140,7 +146,7 @@ def _names(path: Path, part: Config) -> list[str]:
     return keys
 
 
-def _group(path: Path, name: str, table: Any, kind: tuple[str, str], rows: int = 1, state: str = "") -> Group:
+def group_of(path: Path, name: str, table: Any, kind: tuple[str, str], rows: int = 1, state: str = "") -> Group:
     """Statistics [n], or one line for each of `rows` steps."""
     found = []
     for key in kind:
@@ -168,10 +174,10 @@ def _actions(
     for name, given in zip(names, settings, strict=True):
         rep, form = str(given.get("rep", "ABSOLUTE")).upper(), str(given.get("type", "NON_EEF")).upper()
         if not relative or rep == "ABSOLUTE":
-            yield _group(path, name, stats.table("action").get(name), kind)
+            yield group_of(path, name, stats.table("action").get(name), kind)
         elif rep == "RELATIVE" and form == "NON_EEF":
             range_of = stats.table("relative_action").get(name)
-            yield _group(path, name, range_of, ("min", "max"), rows, given.get("state_key") or name)
+            yield group_of(path, name, range_of, ("min", "max"), rows, given.get("state_key") or name)
         else:
             raise Unsupported(f"{action.path}: action {name} is {rep} {form}; only joints may be relative")
 

@@ -20,6 +20,9 @@ DEAD = ("language_model.norm.weight", "*lm_head.weight", "*.inv_freq", "action_h
 """Tensors that inference never reads."""
 
 
+EMBEDDING = "language_model.embed_tokens.weight"
+
+
 def plain_names(tensors: Weights) -> Weights:
     """Tensors under "visual.", "language_model." and "action_head.", whatever wraps them."""
     result: dict[str, LazyTensor] = {}
@@ -30,6 +33,9 @@ def plain_names(tensors: Weights) -> Weights:
         if plain in result:
             raise CheckpointError(f"{tensor.source} and {result[plain].source} are both {plain}")
         result[plain] = tensor
+    tied = next((n for n in result if n.endswith("lm_head.weight")), "")
+    if tied and EMBEDDING not in result:  # LeRobot's files hold the shared tensor under the head's name
+        result[EMBEDDING] = result[tied]
     return Weights(result)
 
 
