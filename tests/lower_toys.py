@@ -43,7 +43,7 @@ def program_of(
 def run(program: Program, given: Mapping[str, NpArray], t: int = 4) -> NpArray:
     """The result of the schedule, by the numpy references."""
     session = NumpySession(program, lambda name: program.weights[name].load())
-    symbols = {s.name: t for s in program.symbols}
+    symbols = {**program.max_symbols(), "T": t}
     env = dict(given)
     for step in program.schedule.steps:
         env |= session.repeat(step, env, symbols) if isinstance(step, Repeat) else session.run(step.stage, env, symbols)

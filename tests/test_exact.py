@@ -61,7 +61,7 @@ def programs(name: str) -> tuple[Program, Program]:
 
 def test_one_token_of_smolvlas_prefix_depends_on_the_state() -> None:
     _, program = programs("smolvla_tiny")
-    assert [s.stage for s in program.schedule.steps] == ["vision", "prefix", "prefix_state", "flow"]
+    assert [s.stage for s in program.schedule.steps] == ["vision", "prefix", "prefix_state", "flow_once", "flow"]
     assert "state" not in dict(program.stage("prefix").inputs)
     rows = {t.shape[0] for n, t in program.stage("prefix_state").inputs if n.endswith(".kept")}
     assert rows == {symbol("C") * 4 + symbol("T")}

@@ -67,30 +67,36 @@ def test_a_lowered_loop_keeps_only_what_changes() -> None:
 
 
 LOWERED_FLOW = """\
-stage flow (step: i32[1], x: f32[3,5], k.0: f32[T+6,4], v.0: f32[T+6,4], attention_mask.1.1: bool[3,T+6], expert.1.k_proj: f32[T+6,4], expert.1.v_proj: f32[T+6,4])
-  mix_in.part0 = linear(x, @mix_in.part0.weight) : f32[3,8]
+stage flow_once (noise: f32[N,5], valid: bool[T+6])
+  full.1 = full() {dtype="i32", shape=[N], value=1.0} : i32[N]
+  full.2 = full() {dtype="i32", shape=[T+6], value=0.0} : i32[T+6]
+  attention_mask.1 = attention_mask(full.1, full.2, valid) : bool[N,T+6]
+  return attention_mask.1
+
+stage flow (step: i32[1], x: f32[N,5], k.0: f32[T+6,4], v.0: f32[T+6,4], expert.1.k_proj: f32[T+6,4], expert.1.v_proj: f32[T+6,4], attention_mask.1: bool[N,T+6])
+  mix_in.part0 = linear(x, @mix_in.part0.weight) : f32[N,8]
   mix_in.part1 = embed(step, @flow.mix_in.part1.table) : f32[1,8]
-  linear.2 = add(mix_in.part0, mix_in.part1) : f32[3,8]
-  silu.1 = silu(linear.2) : f32[3,8]
-  linear.3 = linear(silu.1, @mix_out.weight, @mix_out.bias) : f32[3,8]
+  linear.2 = add(mix_in.part0, mix_in.part1) : f32[N,8]
+  silu.1 = silu(linear.2) : f32[N,8]
+  linear.3 = linear(silu.1, @mix_out.weight, @mix_out.bias) : f32[N,8]
   slice.1 = embed(step, @flow.slice.1.table) : f32[1,8]
-  mul.1 = mul(linear.3, slice.1) : f32[3,8]
+  mul.1 = mul(linear.3, slice.1) : f32[N,8]
   slice.2 = embed(step, @flow.slice.2.table) : f32[1,8]
-  add.1 = add(mul.1, slice.2) : f32[3,8]
-  rms_norm.1 = rms_norm(add.1) {eps=1e-05} : f32[3,8]
-  linear.5 = linear(rms_norm.1, @expert.0.q_proj.weight) : f32[3,8]
-  attention.1 = attention(linear.5, k.0, v.0, attention_mask.1.1) {heads=2, kv_heads=1, scale=0.5} : f32[3,8]
-  linear.6 = linear(attention.1, @expert.0.o_proj.weight) : f32[3,8]
-  add.2 = add(add.1, linear.6) : f32[3,8]
-  rms_norm.2 = rms_norm(add.2) {eps=1e-05} : f32[3,8]
-  linear.7 = linear(rms_norm.2, @expert.1.q_proj.weight) : f32[3,8]
-  attention.2 = attention(linear.7, expert.1.k_proj, expert.1.v_proj, attention_mask.1.1) {heads=2, kv_heads=1, scale=0.5} : f32[3,8]
-  linear.10 = linear(attention.2, @expert.1.o_proj.weight) : f32[3,8]
-  add.3 = add(add.2, linear.10) : f32[3,8]
-  velocity = linear(add.3, @action_out.weight, @action_out.bias) : f32[3,5]
+  add.1 = add(mul.1, slice.2) : f32[N,8]
+  rms_norm.1 = rms_norm(add.1) {eps=1e-05} : f32[N,8]
+  linear.5 = linear(rms_norm.1, @expert.0.q_proj.weight) : f32[N,8]
+  attention.1 = attention(linear.5, k.0, v.0, attention_mask.1) {heads=2, kv_heads=1, scale=0.5} : f32[N,8]
+  linear.6 = linear(attention.1, @expert.0.o_proj.weight) : f32[N,8]
+  add.2 = add(add.1, linear.6) : f32[N,8]
+  rms_norm.2 = rms_norm(add.2) {eps=1e-05} : f32[N,8]
+  linear.7 = linear(rms_norm.2, @expert.1.q_proj.weight) : f32[N,8]
+  attention.2 = attention(linear.7, expert.1.k_proj, expert.1.v_proj, attention_mask.1) {heads=2, kv_heads=1, scale=0.5} : f32[N,8]
+  linear.10 = linear(attention.2, @expert.1.o_proj.weight) : f32[N,8]
+  add.3 = add(add.2, linear.10) : f32[N,8]
+  velocity = linear(add.3, @action_out.weight, @action_out.bias) : f32[N,5]
   embed.2 = embed(step, @dts) : f32[1,1]
-  mul.2 = mul(velocity, embed.2) : f32[3,5]
-  x_next = add(x, mul.2) : f32[3,5]
+  mul.2 = mul(velocity, embed.2) : f32[N,5]
+  x_next = add(x, mul.2) : f32[N,5]
   return x_next
 """  # noqa: E501
 

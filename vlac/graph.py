@@ -297,16 +297,17 @@ def _given(program: Program, step: Call | Repeat, t: Type) -> Type | None:
     return Type(t.dtype, (t.shape[0] * parse_dim("C"), *t.shape[1:]))
 
 
+def symbols_in(value: Attr) -> set[str]:
+    """Symbols that an attribute, or a shape, depends on."""
+    if isinstance(value, tuple):
+        return {s for v in value for s in symbols_in(v)}
+    return {s for s, _ in value.terms} if isinstance(value, Affine) else set()
+
+
 def stage_symbols(stage: Stage) -> frozenset[str]:
     """Symbols that a stage depends on: two buckets that agree in these are one for it."""
-
-    def of(value: Attr) -> set[str]:
-        if isinstance(value, tuple):
-            return {s for v in value for s in of(v)}
-        return {s for s, _ in value.terms} if isinstance(value, Affine) else set()
-
     shapes = [t.shape for _, t in stage.inputs]
-    return frozenset(s for v in (*shapes, *(v for n in stage.nodes for _, v in n.attrs)) for s in of(v))
+    return frozenset(s for v in (*shapes, *(v for n in stage.nodes for _, v in n.attrs)) for s in symbols_in(v))
 
 
 def uses(stage: Stage) -> dict[str, list[Node]]:

@@ -41,8 +41,8 @@ class Rewrite:
 REWRITES: tuple[Rewrite, ...] = (
     Rewrite("share", share),
     Rewrite("prune", prune),
-    Rewrite("free_suffix", free_suffix),
     Rewrite("fold", fold),
+    Rewrite("free_suffix", free_suffix),
     Rewrite("fold_scales", fold_scales),
     Rewrite("fold_biases", fold_biases),
     Rewrite("broadcast_tiles", broadcast_tiles),

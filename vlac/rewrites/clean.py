@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vlac.graph import Call, Node, Program, Repeat
-from vlac.rewrites.draft import Draft, StageDraft
+from vlac.graph import Call, Node, Program, Repeat, symbols_in
+from vlac.rewrites.draft import Draft, StageDraft, symbols_of
 
 
 def share(program: Program) -> Program:
@@ -114,4 +114,16 @@ def _reads_for(stage: StageDraft, step: Call | Repeat, wanted: set[str]) -> set[
 def _drop(stage: StageDraft, step: Call | Repeat, wanted: set[str]) -> None:
     stage.outputs, stage.nodes = _live(stage, step, wanted)
     need = {i for n in stage.nodes for i in n.inputs} | set(stage.outputs) | _bound(step)
-    stage.inputs = [(n, t) for n, t in stage.inputs if n in need]
+    stage.inputs = [(n, t) for n, t in stage.inputs if n in need | _tellers(stage, need)]
+
+
+def _tellers(stage: StageDraft, need: set[str]) -> set[str]:
+    """Inputs that nobody reads, of which one alone tells a size that nodes are made with."""
+    told = symbols_of(t for n, t in stage.inputs if n in need)
+    used = {s for n in stage.nodes for _, v in n.attrs for s in symbols_in(v)} - told
+    result: set[str] = set()
+    for name, t in stage.inputs:
+        if name not in need and symbols_of([t]) & used:
+            used -= symbols_of([t])
+            result.add(name)
+    return result

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlac.graph import Call, Node, Param, Program, Repeat, Schedule, Stage, Symbol, infer_stage
+from vlac.graph import Call, Node, Param, Program, Repeat, Schedule, Stage, Symbol, infer_stage, symbols_in
 from vlac.ops import OPS, Attr, NpArray, Type
 from vlac.weights import LazyTensor, Weights
 
@@ -177,9 +177,7 @@ def static_shape(t: Type) -> tuple[int, ...] | None:
 
 def has_symbols(attr: Attr) -> bool:
     """Whether an attribute depends on a symbol."""
-    if isinstance(attr, tuple):
-        return any(has_symbols(a) for a in attr)
-    return not isinstance(attr, (int, float, str))
+    return bool(symbols_in(attr))
 
 
 def closure(nodes: Sequence[Node], wanted: str) -> list[Node]:
@@ -208,3 +206,8 @@ def evaluate(
 def stem(param: str) -> str:
     """The name without its ".weight"."""
     return param[: -len(".weight")] if param.endswith(".weight") else param
+
+
+def symbols_of(types: Iterable[Type]) -> set[str]:
+    """Symbols in the shapes of these types."""
+    return {s for t in types for s in symbols_in(t.shape)}

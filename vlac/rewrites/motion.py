@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from vlac.dims import Affine
 from vlac.graph import RUNTIME_INPUTS, Call, Node, Program, Repeat
 from vlac.ops import Type
 from vlac.rewrites.clean import prune
-from vlac.rewrites.draft import Draft, StageDraft, closure, stem, unique
+from vlac.rewrites.draft import Draft, StageDraft, closure, stem, symbols_of, unique
 
 
 def hoist_invariants(program: Program) -> Program:
@@ -16,15 +15,31 @@ def hoist_invariants(program: Program) -> Program:
 
     Values that cross become outputs there and inputs here, under one name that no other value of the program has.
     What reads no input at all (`arange`, `full`) stays, and is copied where a moved node needs it; a `tile` stays too,
-    so that one row crosses instead of many; and so does what has a size (of the chunk) that the stage before has not.
+    so that one row crosses instead of many. What has a size (of the chunk) that the stage before cannot know moves to a
+    stage of its own, LOOP_once, that is called before the loop.
     """
     draft = Draft.of(program)
     for at, step in enumerate(draft.steps):
         before = [s for s in draft.steps[:at] if isinstance(s, Call) and not s.each]
         calls = [s.stage for s in draft.steps]
         if isinstance(step, Repeat) and before and calls.count(step.stage) == calls.count(before[-1].stage) == 1:
-            _hoist(draft, step, draft.stage(step.stage), draft.stage(before[-1].stage))
+            loop, host = draft.stage(step.stage), draft.stage(before[-1].stage)
+            own = symbols_of(dict(loop.inputs).values()) - symbols_of(dict(host.inputs).values())
+            _hoist(draft, step, loop, host, own)
+            if own:
+                _hoist_into_own_stage(draft, step, loop, own)
     return prune(draft.build())
+
+
+def _hoist_into_own_stage(draft: Draft, step: Repeat, loop: StageDraft, own: set[str]) -> None:
+    """The start values that tell the sizes become inputs of the new stage, whether a node reads them or not."""
+    inputs = dict(loop.inputs)
+    tells = [(start, inputs[into]) for _, into, start in step.carry if symbols_of([inputs[into]]) & own]
+    if own <= symbols_of([t for _, t in tells]):
+        host = StageDraft(unique(f"{loop.name}_once", {s.name for s in draft.stages}), tells, [], [])
+        if _hoist(draft, step, loop, host, set()):
+            draft.stages.insert(draft.stages.index(loop), host)
+            draft.steps.insert(draft.steps.index(step), Call(host.name))
 
 
 def _invariant(stage: StageDraft, step: Repeat, types: Mapping[str, Type], own: set[str]) -> set[str]:
@@ -45,14 +60,14 @@ def _invariant(stage: StageDraft, step: Repeat, types: Mapping[str, Type], own: 
     return moved
 
 
-def _hoist(draft: Draft, step: Repeat, loop: StageDraft, host: StageDraft) -> None:
+def _hoist(draft: Draft, step: Repeat, loop: StageDraft, host: StageDraft, own: set[str]) -> bool:
+    """Moves what may move and has no symbol of `own`; whether anything did."""
     types = draft.types(loop)
-    own = symbols_of(dict(loop.inputs).values()) - symbols_of(dict(host.inputs).values())
     moved = _invariant(loop, step, types, own)
     read = {i for n in loop.nodes if n.name not in moved for i in n.inputs}
     crossing = [n.name for n in loop.nodes if n.name in moved and n.name in read]
     if not crossing:
-        return
+        return False
     needed = {n.name: n for c in crossing for n in closure(loop.nodes, c)}
     names = _names(draft, loop, host, [n for n in loop.nodes if n.name in needed], set(crossing))
     _bring_inputs(loop, host, needed)
@@ -61,6 +76,7 @@ def _hoist(draft: Draft, step: Repeat, loop: StageDraft, host: StageDraft) -> No
             host.nodes.append(Node(names[n.name], n.op, tuple(names.get(i, i) for i in n.inputs), n.attrs))
     host.outputs += [names[c] for c in crossing]
     _take_inputs(loop, crossing, names, types, moved)
+    return True
 
 
 def _names(draft: Draft, loop: StageDraft, host: StageDraft, nodes: list[Node], crossing: set[str]) -> dict[str, str]:
@@ -94,8 +110,3 @@ def _take_inputs(
     loop.nodes = [n for n in loop.nodes if n.name not in moved]
     loop.inputs += [(names[c], types[c]) for c in crossing]
     loop.rename_uses({c: names[c] for c in crossing})
-
-
-def symbols_of(types: Iterable[Type]) -> set[str]:
-    """Symbols in the shapes of these types."""
-    return {s for t in types for d in t.shape if isinstance(d, Affine) for s, _ in d.terms}

@@ -44,6 +44,22 @@ class Prepared:
     """The state as it was given, f32 [state_dim], for actions that are relative to it."""
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What of an observation stays while the state changes: pictures and the prompt, as runtime inputs by name.
+
+    `ids` are the prompt's tokens, None where the program reads none or where the prompt holds the state; `asked` is
+    what the prompt is made of (arguments of `prepare`).
+    """
+
+    env: dict[str, NpArray]
+    symbols: dict[str, int]
+    slots: int
+    ids: NpArray | None
+    asked: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
 def runtime_types(program: Program) -> dict[str, Type]:
     """Types of the runtime inputs that a program reads, by name; a camera stage's `pixels` are one camera's."""
     result: dict[str, Type] = {}
@@ -92,6 +108,7 @@ def prepare(
     strict: bool = False,
     reuse: Reuse | None = None,
     n_actions: int | None = None,
+    scene: Scene | None = None,
 ) -> Prepared:
     """Checks and preprocesses one observation; arguments as in `Session.act`.
 
@@ -99,24 +116,31 @@ def prepare(
     reuse: what earlier calls made, for pictures and prompts that are the same again.
     n_actions: how many rows of the chunk are wanted; where the program can, only so many are computed, from the first
     rows of the same noise.
+    scene: what `observe` made, in place of images, task, tokens, mask and strict.
     Raises InputError naming the camera, the state, the task, the tokens or the noise.
     """
     wanted = runtime_types(program)
     units = resolve_units(io, units)
     env: dict[str, NpArray] = {}
     warnings: tuple[str, ...] = ()
-    given = cameras.match(io, images)
-    slots = cameras.slots(io, tuple(given)) if "camera_valid" in wanted else tuple(given)
-    raw, normalised = _states(io, state, units, "state" in wanted, tokens is None)
+    given = cameras.match(io, images) if scene is None else {}
+    asked: Mapping[str, Any] = {"task": task, "tokens": tokens, "mask": mask, "strict": strict}
+    asked = asked if scene is None else scene.asked
+    raw, normalised = _states(io, state, units, "state" in wanted, asked["tokens"] is None)
     ids: NpArray | None = None
-    if "tokens" in wanted:
-        ids, warnings = _prompt(io, tokenizer, task, tokens, mask, strict, normalised, reuse)
-    elif task is not None or tokens is not None or mask is not None:
-        raise InputError("this policy reads no text", remedy="leave task, tokens and mask out")
-    symbols = _symbols(program, len(slots), 0 if ids is None else len(ids), _rows(io, n_actions))
-    if given:
-        size = _extent(wanted, "image_valid", symbols, len(slots))
-        env.update(_camera_values(io, given, len(slots), size, wanted, reuse))
+    if scene is not None and scene.ids is not None:
+        ids, warnings = scene.ids, scene.warnings
+    elif "tokens" in wanted:
+        ids, warnings = _prompt(io, tokenizer, **asked, state=normalised, reuse=reuse)
+    else:
+        _refuse_text(asked)
+    slots = _slots(io, given, wanted) if scene is None else scene.slots
+    symbols = _symbols(program, slots, 0 if ids is None else len(ids), _rows(io, n_actions))
+    if scene is not None:
+        env.update(scene.env)
+    elif given:
+        size = _extent(wanted, "image_valid", symbols, slots)
+        env.update(_camera_values(io, given, slots, size, wanted, reuse))
     if ids is not None:
         env.update(_token_values(ids, _extent(wanted, "tokens", symbols, len(ids))))
     if "state" in wanted and normalised is not None:
@@ -128,6 +152,47 @@ def prepare(
         raise InputError("this policy samples nothing; it takes no noise", remedy="leave noise out")
     _check(wanted, env, symbols)
     return Prepared(env, symbols, warnings, raw)
+
+
+def observe(
+    io: IO,
+    tokenizer: Union[bytes, Tokenizer, None],
+    program: Program,
+    *,
+    images: Mapping[str, Any] | None,
+    asked: Mapping[str, Any],
+    reuse: Reuse | None = None,
+) -> Scene:
+    """Checks and preprocesses what does not change with the state; `asked`: task, tokens, mask, strict of `prepare`."""
+    wanted = runtime_types(program)
+    given = cameras.match(io, images)
+    ids: NpArray | None = None
+    warnings: tuple[str, ...] = ()
+    if "tokens" not in wanted:
+        _refuse_text(asked)
+    elif asked["tokens"] is not None or not reads_state(io.text_steps):
+        ids, warnings = _prompt(io, tokenizer, **asked, reuse=reuse)
+    elif not isinstance(asked["task"], str):
+        raise InputError("no instruction is given", remedy='give task="pick up the cube", or tokens=')
+    slots = _slots(io, given, wanted)
+    symbols = _symbols(program, slots, 0 if ids is None else len(ids))
+    env: dict[str, NpArray] = {}
+    if given:
+        size = _extent(wanted, "image_valid", symbols, slots)
+        env.update(_camera_values(io, given, slots, size, wanted, reuse))
+    if ids is not None:
+        env.update(_token_values(ids, _extent(wanted, "tokens", symbols, len(ids))))
+    return Scene(env, symbols, slots, ids, asked, warnings)
+
+
+def _slots(io: IO, given: Mapping[str, Any], wanted: Mapping[str, Type]) -> int:
+    """Camera slots that take part."""
+    return len(cameras.slots(io, tuple(given)) if "camera_valid" in wanted else given)
+
+
+def _refuse_text(asked: Mapping[str, Any]) -> None:
+    if any(asked[name] is not None for name in ("task", "tokens", "mask")):
+        raise InputError("this policy reads no text", remedy="leave task, tokens and mask out")
 
 
 # --- buckets ---------------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ def execute(
     stats: Stats | None = None,
     collected: Taps | None = None,
     reuse: Reuse | None = None,
+    follow: NpArray | None = None,
+    known: Mapping[str, NpArray] | None = None,
 ) -> Array:
     """The normalised chunk f32 [N, A] of one prepared observation.
 
@@ -43,12 +45,15 @@ def execute(
         collected: if given, receives what a Repeat collects over its turns, by name; of an artifact that is one graph
             only its result.
         reuse: if given, stages whose inputs it knows are not run. Not together with `taps`.
+        follow: ids of another engine, with `taps`: a loop that generates ids reads these instead of its own, so that
+            two engines can be compared turn by turn; what is collected are its own.
+        known: outputs of stages that have been run for this observation; these are not run again.
 
     An artifact that is one graph (`EngineSession.run_all`) has only its result to tap, and one time, "model_ms".
 
     Raises: EngineError when an input of a stage does not fit, or the chunk is not finite.
     """
-    values: dict[str, NpArray] = dict(env)
+    values: dict[str, NpArray] = {**env, **(known or {})}
     for stage in program.stages:
         check_rows(program, stage, values)
     started = time.perf_counter()
@@ -63,7 +68,9 @@ def execute(
         return finite_chunk(whole[program.schedule.result], engine.engine)
     for step in program.schedule.steps:
         started = time.perf_counter()
-        out = _run_step(program, engine, step, values, symbols, taps, reuse)
+        if known and all(o in known for o in program.stage(step.stage).outputs):
+            continue
+        out = _run_step(program, engine, step, values, symbols, taps, reuse, follow)
         _note(stats, step.stage, started)
         if stats is not None and isinstance(step, Repeat):
             stats[f"{step.stage}_held_bytes"] = _held(program, step, values)
@@ -118,9 +125,10 @@ def _run_step(
     symbols: Mapping[str, int],
     taps: Taps | None,
     reuse: Reuse | None,
+    follow: NpArray | None,
 ) -> dict[str, NpArray]:
     if isinstance(step, Repeat):
-        return _repeat(program, engine, step, values, symbols, taps, reuse)
+        return _repeat(program, engine, step, values, symbols, taps, reuse, follow)
     if step.each == "camera":
         return _each_camera(program, engine, step, values, symbols, reuse)
     if step.each:
@@ -128,6 +136,19 @@ def _run_step(
     inputs = checked(program, program.stage(step.stage), values, symbols)
     run = partial(engine.run, step.stage, inputs, symbols)
     return run() if reuse is None else reuse.stage(step.stage, inputs, run)
+
+
+def run_step(
+    program: Program,
+    engine: EngineSession,
+    step: Call | Repeat,
+    values: Mapping[str, NpArray],
+    symbols: Mapping[str, int],
+    reuse: Reuse | None = None,
+) -> dict[str, NpArray]:
+    """Outputs of one step of the schedule, its inputs checked; `values` holds what it reads by name."""
+    check_rows(program, program.stage(step.stage), values)
+    return _run_step(program, engine, step, values, symbols, None, reuse, None)
 
 
 def _run_whole(
@@ -217,6 +238,7 @@ def _repeat(
     symbols: Mapping[str, int],
     taps: Taps | None,
     reuse: Reuse | None,
+    follow: NpArray | None,
 ) -> dict[str, NpArray]:
     stage = program.stage(step.stage)
     start = {into: values[initial] for _, into, initial in step.carry}
@@ -237,6 +259,11 @@ def _repeat(
             inputs[into] = out[name]
             if initial in RUNTIME_INPUTS:  # a sampler's state; a decoder's caches would be gigabytes
                 taps[f"{into}_after_step{i}"] = np.array(out[name])
-        if step.until and int(out[step.until][0]) in step.stop:
+            if follow is not None and name in dict(step.collect) and out[name].dtype == np.int32:
+                inputs[into] = np.array(follow[i : i + 1], dtype=np.int32)
+        if follow is not None:
+            if i + 1 == len(follow):
+                break
+        elif step.until and int(out[step.until][0]) in step.stop:
             break
     return {**out, **gathered(step, turns)}

@@ -24,11 +24,12 @@ from vlac.errors import ArtifactError, EngineError, InputError, VlacWarning
 from vlac.integrity import Verification
 from vlac.io import IO
 from vlac.runtime.actions import ACTION_STEPS, apply_action_steps
-from vlac.runtime.inputs import Prepared, bind, prepare, resolve_units, runtime_types
+from vlac.runtime.inputs import Prepared, bind, observe, prepare, resolve_units, runtime_types
 from vlac.runtime.observation import IMAGE_STEPS, STATE_STEPS, Array, apply_steps, check_steps
 from vlac.runtime.reuse import Reuse
 from vlac.runtime.schedule import execute, finite_chunk, generated, per_token
 from vlac.runtime.tokenizer import check_text_steps, load_tokenizer, max_prompt_tokens
+from vlac.runtime.two_rate import Gate, Gated, Observed, age_ms, known_from
 
 __all__ = ["HParams", "Prepared", "Session", "execute", "load", "prepare"]
 
@@ -195,7 +196,9 @@ class Session:
         chosen = choose_engine(artifact, engine)
         self._engine: EngineSession | None = chosen.open(artifact, threads=threads, options=options)
         self._verification = Verification(artifact)
-        self._lock = threading.Lock()
+        self._lock, self._observing, self._gate = threading.Lock(), threading.Lock(), Gate()
+        self._observed: Observed | None = None
+        self._frames = Reuse()
         self._noted: tuple[str, ...] = ()
         self.stats: dict[str, Any] = {}
         self.tokens: NpArray | None = None
@@ -237,7 +240,7 @@ class Session:
 
         Args:
             images: camera (feature key or its last part) -> uint8 [H, W, 3] RGB of any size; also float [H, W, 3] in
-                [0, 1], or an RGB PIL.Image.
+                [0, 1], or an RGB PIL.Image. Without images and task: what `observe` was given last.
             state: [state_dim], raw, in the robot's units; with units="normalized" already normalised.
             task: the instruction. Or tokens: ids [T], with mask: bool [T], true = real token.
             noise: [chunk_size, max_action_dim] float32 to start the sampler from (a leading 1 is allowed); or seed: of
@@ -254,11 +257,14 @@ class Session:
             InputError: names the camera, state, task, tokens or noise that does not fit.
             EngineError: the engine failed, or the chunk has NaN or Inf (it is never returned).
         """
-        with self._lock:
+        started = time.perf_counter()
+        with self._lock, self._gate.act():
             if self._engine is None:
                 raise EngineError("this session is closed", remedy="load the artifact again")
-            started = time.perf_counter()
             known = self._reuse if reuse else None
+            seen = self._observed if images is None else None
+            if seen is not None and not (task is None and tokens is None and mask is None):
+                raise InputError("the instruction belongs to observe()", remedy="give it there, or images= as well")
             if known is not None:
                 known.begin()
             units = resolve_units(self.io, units)
@@ -278,6 +284,7 @@ class Session:
                 strict=strict,
                 reuse=known,
                 n_actions=n_actions,
+                scene=None if seen is None else seen.scene,
             )
             stats: dict[str, Any] = {"preprocess_ms": (time.perf_counter() - started) * 1e3}
             collected: dict[str, NpArray] = {}
@@ -289,12 +296,15 @@ class Session:
                 stats=stats,
                 collected=collected,
                 reuse=known,
+                known=None if seen is None else seen.values,
             )
             steps = io.action_steps if units == "robot" else io.normalised_action_steps
             # a copy: the steps may be none, and what a stage returned is kept for the next call
             chunk = finite_chunk(apply_action_steps(steps, x, ready.state)[:n_actions], self._engine.engine).copy()
             self._verification.wait()  # before the first chunk leaves: a damaged weight must not move an arm
             stats["reused"] = () if known is None else tuple(known.used)
+            if seen is not None:
+                stats.update(observation=seen.number, observation_age_ms=age_ms(seen))
             stats["rows_computed"] = ready.symbols.get("N", io.noise_shape[0])
             stats["total_ms"] = (time.perf_counter() - started) * 1e3
             self.stats, self._noted = stats, ready.warnings
@@ -304,12 +314,46 @@ class Session:
             python_warnings.warn(text, VlacWarning, stacklevel=2)
         return chunk
 
+    def observe(
+        self,
+        images: Mapping[str, Any] | None = None,
+        task: str | None = None,
+        tokens: Any = None,
+        mask: Any = None,
+        strict: bool = False,
+    ) -> int:
+        """Takes new frames and the instruction, for every later `act(state=...)` without images; returns their number.
+
+        Arguments as in `act`. Everything that does not depend on the state is computed here, in the caller's thread,
+        and counts when it is complete: an `act` meanwhile uses the observation before (`stats["observation"]`,
+        "observation_age_ms"), and does not wait for more than two stages of this one. May be called from another
+        thread than `act`. After a failure the observation before stays.
+
+        Raises: as `act`.
+        """
+        with self._observing:
+            engine = self._engine
+            if engine is None:
+                raise EngineError("this session is closed", remedy="load the artifact again")
+            known = None if self._reuse is None else self._frames
+            self._frames.begin()
+            asked = {"task": task, "tokens": tokens, "mask": mask, "strict": strict}
+            scene = observe(self.io, self._tokenizer, self.artifact.program, images=images, asked=asked, reuse=known)
+            values = known_from(self.artifact.program, Gated(engine, self._gate), scene, known)
+            number = 1 if self._observed is None else self._observed.number + 1
+            self._observed = Observed(number, scene, values, time.perf_counter())
+        for text in scene.warnings:
+            python_warnings.warn(text, VlacWarning, stacklevel=2)
+        return number
+
     def close(self) -> None:
         """Frees the engine's memory; `act` fails afterwards. Closing twice is fine."""
-        with self._lock:
+        with self._observing, self._lock:
             engine, self._engine = self._engine, None
             if self._reuse is not None:
                 self._reuse.clear()
+            self._frames.clear()
+            self._observed = None
         self._verification.cancel()
         if engine is not None:
             engine.close()
