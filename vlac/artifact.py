@@ -46,6 +46,10 @@ class StoredTensor:
     data: NpArray | None = field(default=None, repr=False, compare=False)
 
 
+TOKENS = "tokens"
+"""The tap of a golden that holds the generated ids, i32 [n], of a policy that picks tokens."""
+
+
 @dataclass(frozen=True)
 class Golden:
     """An observation with what the fp32 reference of the untouched checkpoint answered.

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vlac.artifact import Golden
+from vlac.artifact import TOKENS, Golden
 from vlac.engines.base import EngineSession
 from vlac.graph import Program, Repeat, Schedule, check
 from vlac.io import IO
@@ -22,6 +22,7 @@ from vlac.policy import Policy
 from vlac.registry import Progress, families
 from vlac.runtime.actions import apply_action_steps
 from vlac.runtime.inputs import Prepared, samples
+from vlac.runtime.schedule import generated
 from vlac.runtime.session import execute, prepare
 
 NpArray = np.ndarray[Any, Any]
@@ -129,7 +130,10 @@ def answer(
             if not floor and samples(program):
                 floor = _noise_floor(policy, program, session, ready, taps, chunk)
             chunk_n = apply_action_steps(policy.io.normalised_action_steps, x, ready.state)
-            result.append(dataclasses.replace(obs, chunk=chunk, chunk_normalised=chunk_n, taps=_kept(taps)))
+            kept, ids = _kept(taps), generated(program, taps)
+            if ids is not None:
+                kept[TOKENS] = ids
+            result.append(dataclasses.replace(obs, chunk=chunk, chunk_normalised=chunk_n, taps=kept))
         progress(what, len(observations), len(observations))
     finally:
         session.close()

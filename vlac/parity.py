@@ -19,18 +19,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlac import integrity, metrics
-from vlac.artifact import Artifact, Golden, open_artifact
+from vlac.artifact import TOKENS, Artifact, Golden, open_artifact
 from vlac.bench import fingerprint
 from vlac.engines.base import EngineSession
 from vlac.errors import EngineError, InputError, VlacError
 from vlac.graph import Call, Program, Repeat
 from vlac.io import IO
+from vlac.layouts import INT4
 from vlac.metrics import Joint, Limit
 from vlac.observations import load_observations
 from vlac.recorded import Recorded, beside
 from vlac.registry import Progress, ReadOptions, silent
 from vlac.runtime.actions import apply_action_steps
 from vlac.runtime.inputs import samples
+from vlac.runtime.schedule import generated
 from vlac.runtime.session import choose_engine, execute, prepare
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ CALLS = 3
 NUMPY_LIMIT = 20_000_000
 """Parameters above which the numpy engine is too slow to serve as the reference of question 1."""
 
-FORMATS = ("f32", "f16", "bf16", "int8", "q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "iq4_nl", "q4_0", "int4")
+FORMATS = ("f32", "f16", "bf16", "int8", "q8_0", "q6_k", "q5_k", "q5_0", "q4_1", "q4_k", "iq4_nl", "q4_0", *INT4)
 """Formats from the finest to the coarsest; the coarsest that holds at least 1 % of the values names an artifact."""
 
 COMPILER_LIMITS: Mapping[str, str] = {
@@ -58,10 +60,11 @@ COMPILER_LIMITS: Mapping[str, str] = {
     "q6_k": "compiler.rel_l2<=6e-2",
     "q5_k": "compiler.rel_l2<=6e-2",
     "q5_0": "compiler.rel_l2<=6e-2",
+    "q4_1": "compiler.rel_l2<=6e-2",
     "q4_k": "compiler.rel_l2<=6e-2",
     "iq4_nl": "compiler.rel_l2<=6e-2",
     "q4_0": "compiler.rel_l2<=6e-2",
-    "int4": "compiler.rel_l2<=6e-2",
+    **dict.fromkeys(INT4, "compiler.rel_l2<=6e-2"),
 }
 """Question 1, for every stage value and the chunk, by format. The weights are equal on both sides; what is left is
 summation order and, below f32, the rounding of ACTIVATIONS inside the engine's kernels (to f16, bf16, or 8 bits).
@@ -76,10 +79,11 @@ COST_LIMITS: Mapping[str, tuple[str, ...]] = {
     "q6_k": ("cos>=0.98",),
     "q5_k": ("cos>=0.95",),
     "q5_0": ("cos>=0.95",),
+    "q4_1": ("cos>=0.8",),
     "q4_k": ("cos>=0.8",),
     "iq4_nl": ("cos>=0.8",),
     "q4_0": ("cos>=0.8",),
-    "int4": ("cos>=0.8",),
+    **dict.fromkeys(INT4, ("cos>=0.8",)),
 }
 """Question 2: limits by format when none are given. They catch a broken artifact; they are no claim about success."""
 
@@ -94,6 +98,8 @@ class Answers:
     chunks: list[NpArray]
     taps: list[dict[str, NpArray]]
     repeats: dict[str, Any]
+    tokens: list[NpArray | None]
+    """ids that were generated, None for a policy that generates none"""
 
 
 def parity(
@@ -162,7 +168,7 @@ def grade_of(program: Program) -> str:
         counts[p.format] = counts.get(p.format, 0) + math.prod(p.shape)
     total = sum(counts.values())
     kept = [f for f in counts if f in FORMATS and counts[f] * 100 >= total]
-    if any(n.op == "pack_codes" for s in program.stages for n in s.nodes):
+    if any(n.op in ("pack_codes", "round_int8") for s in program.stages for n in s.nodes):
         kept.append("int8")  # rounding in the middle of the network: one code more or less is no error
     return max(kept, key=FORMATS.index, default="f32")
 
@@ -200,9 +206,11 @@ def _answers(
     given: Sequence[Golden],
     progress: Progress,
     what: str,
+    follow: Sequence[NpArray | None] = (),
 ) -> Answers:
+    """`follow`: the ids that another engine generated, for each observation (see `execute`)."""
     total = 2 * len(given) + CALLS - 1
-    result = Answers([], [], [], {})
+    result = Answers([], [], [], {}, [])
     done = 0
     for i, obs in enumerate(given):
         task = obs.task if io.text_steps else None
@@ -216,7 +224,8 @@ def _answers(
             done += 1
         progress(what, done, total)
         taps: dict[str, NpArray] = {}
-        stepwise = execute(program, session, ready.env, ready.symbols, taps=taps)
+        leader = follow[i] if follow else None
+        stepwise = execute(program, session, ready.env, ready.symbols, taps=taps, follow=leader)
         done += 1
         if i == 0:
             result.repeats.update(
@@ -225,9 +234,11 @@ def _answers(
                 max_relative=max(metrics.max_relative(x, chunks[0]) for x in chunks[1:]),
                 stepwise=metrics.max_relative(stepwise, chunks[0]),
             )
-        result.normalised.append(apply_action_steps(io.normalised_action_steps, chunks[0], ready.state))
-        result.chunks.append(apply_action_steps(io.action_steps, chunks[0], ready.state))
+        chunk = chunks[0] if leader is None else stepwise
+        result.normalised.append(apply_action_steps(io.normalised_action_steps, chunk, ready.state))
+        result.chunks.append(apply_action_steps(io.action_steps, chunk, ready.state))
         result.taps.append({k: np.array(v) for k, v in taps.items()})
+        result.tokens.append(generated(program, taps))
     progress(what, total, total)
     return result
 
@@ -257,12 +268,16 @@ def _compiler(
     session = _judge_session(artifact, name, threads)
     try:
         what = f"{name} engine, same weights"
-        theirs = _answers(artifact.program, session, artifact.io, artifact.tokenizer, given, progress, what)
+        theirs = _answers(
+            artifact.program, session, artifact.io, artifact.tokenizer, given, progress, what, mine.tokens
+        )
     finally:
         session.close()
     rows = _stage_rows(artifact.program, mine.taps, theirs.taps, limits)
     chunk = metrics.summary(np.stack(mine.normalised), np.stack(theirs.normalised))
-    verdicts = metrics.judge(limits, chunk)
+    tokens = _same_tokens(mine.tokens, theirs.tokens)
+    # ids are picked from values that the stages' rows judge: between two that are all but equal, rounding may choose
+    verdicts = [] if tokens is not None and len(rows) > 1 else metrics.judge(limits, chunk)
     steady = all(default.holds(mine.repeats[k]) for k in ("max_relative", "stepwise"))
     over = next((r for r in rows if not r["ok"]), None)
     return {
@@ -272,10 +287,20 @@ def _compiler(
         "stages": rows,
         "staged": len(rows) > 1 or len(artifact.program.stages) == 1,
         "chunk": chunk,
+        "tokens": tokens,
         "limits": verdicts,
         "first_stage_over": over["stage"] if over else None,
         "ok": all(v["ok"] for v in verdicts) and over is None and steady,
     }
+
+
+def _same_tokens(mine: Sequence[NpArray | None], theirs: Sequence[NpArray | None]) -> dict[str, int] | None:
+    """How many ids are equal, place by place; None where none were generated on both sides."""
+    pairs = [(a, b) for a, b in zip(mine, theirs, strict=False) if a is not None and b is not None]
+    if not pairs:
+        return None
+    equal = sum(int(np.count_nonzero(a[: len(b)] == b[: len(a)])) for a, b in pairs)
+    return {"equal": equal, "of": sum(max(len(a), len(b)) for a, b in pairs)}
 
 
 def _judge_engine(artifact: Artifact, engine: str) -> tuple[str, str]:
@@ -408,6 +433,7 @@ def _cost(
         "reference": origin,
         "limits": verdicts,
         **figures,
+        "tokens": _same_tokens(mine.tokens, [t.get(TOKENS) for t in taps]),
         "noise_floor": {**floor, "source": floor_from} if floor else None,
         "drift_over_noise": figures["relative_l2"] / floor["relative_l2"] if floor and floor["relative_l2"] else None,
         "stages": rows,
@@ -437,6 +463,7 @@ def _run_reference(
     try:
         what = "fp32 reference"
         theirs = _answers(program, session, policy.io, policy.tokenizer, given, progress, what)
+        taps = [t if i is None else {**t, TOKENS: i} for t, i in zip(theirs.taps, theirs.tokens, strict=True)]
         rng = np.random.Generator(np.random.PCG64([7, 7]))
         noise = np.asarray(rng.standard_normal(given[0].noise.shape), dtype=np.float32)
         other = [Golden(given[0].images, given[0].state, given[0].task, noise, noise, noise)]
@@ -445,10 +472,10 @@ def _run_reference(
     finally:
         session.close()
     if not moved:
-        return theirs.chunks, theirs.taps, None
+        return theirs.chunks, taps, None
     still, other_seed = theirs.chunks[0], moved[0]
     floor = {"cosine": metrics.cosine(other_seed, still), "relative_l2": metrics.relative_l2(other_seed, still)}
-    return theirs.chunks, theirs.taps, floor
+    return theirs.chunks, taps, floor
 
 
 def _same_task(policy: Policy, artifact: Artifact) -> None:

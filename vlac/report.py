@@ -59,6 +59,7 @@ def _compiler_text(q: Report) -> list[str]:
         f"  reference: {q['reference']}; {_steady(q['reference_repeats'])}",
         *table(_STAGE_COLUMNS, rows),
         *([] if q["staged"] else ["  the artifact is one graph: its stages cannot be looked at one by one"]),
+        *_tokens(q, "picked alike, each after the same ids"),
         *_limits(q),
     ]
 
@@ -76,6 +77,11 @@ def _stage(s: Report) -> list[str]:
         likeness(s["cosine"]),
         "" if s["ok"] else "over the limit",
     ]
+
+
+def _tokens(q: Report, what: str) -> list[str]:
+    """Of a policy that generates ids: how many are equal."""
+    return [f"  tokens: {q['tokens']['equal']} of {q['tokens']['of']} {what}"] if q.get("tokens") else []
 
 
 def _limits(q: Report) -> list[str]:
@@ -130,7 +136,7 @@ def _cost_text(q: Report, units: str) -> list[str]:
         lines.append(f"  range: {source} of the training statistics")
     if q["stages"]:
         lines += table(_STAGE_COLUMNS, [_stage(s) for s in q["stages"]])
-    return lines + _limits(q)
+    return lines + _tokens(q, "are the reference's, place by place") + _limits(q)
 
 
 def _thin(values: Sequence[float], most: int = 10) -> list[float]:
