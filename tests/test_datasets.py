@@ -23,6 +23,7 @@ from vlac.datasets import Dataset, Writer, layout, open_dataset, tables, video
 from vlac.datasets import files as durable
 from vlac.datasets import statistics as stats
 from vlac.errors import DatasetError, InputError, Unsupported, VlacError
+from vlac.record import TIME, Recorder
 
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("av")
@@ -309,8 +310,24 @@ def test_a_folder_that_is_taken_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_video_of_odd_size_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     odd = {TOP: {"dtype": "video", "shape": [47, 64, 3]}, "action": {"dtype": "float32", "shape": [1]}}
-    with Writer(tmp_path / "d", odd, FPS) as writer, pytest.raises(InputError, match="even sizes"):
-        writer.add_frame({TOP: np.zeros((47, 64, 3), np.uint8), "action": 0.5}, task="x")
+    with pytest.raises(InputError, match="even sizes"):
+        Writer(tmp_path / "d", odd, FPS)
+    assert not (tmp_path / "d").exists()
+
+
+def test_several_episodes_may_be_open(tmp_path: Path) -> None:
+    with Writer(tmp_path / "d", files.features("video"), FPS) as writer:
+        first, second, third = writer.begin(), writer.begin(), writer.begin()
+        for i in range(4):
+            for number, episode in enumerate((first, second, third)):
+                episode.add(frame(number, i))
+        writer.commit(second)
+        writer.discard(third)
+        writer.commit(first)
+        writer.begin().add(frame(3, 0))
+    with open_dataset(tmp_path / "d") as dataset:
+        check_frames(dataset, [frame(1, i) for i in range(4)] + [frame(0, i) for i in range(4)], exact=False)
+    assert not [p for p in (tmp_path / "d").rglob("*") if durable.UNFINISHED in p.name]
 
 
 # --- killed ------------------------------------------------------------------------------------------------------
@@ -648,6 +665,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (1, 3):
         killed_before(home / f"killed-{step}", step)
         then.append(f"read {home}/killed-{step} {home}/killed-{step}.npz")
+    with Recorder(home / "recorded", FPS) as recorder:
+        for f in all_frames():
+            recorder.step({TOP: f[TOP], WRIST: f[WRIST]}, f["observation.state"], f["action"], f["task"])
+    then.append(f"read {home}/recorded {home}/recorded.npz")
     shutil.copytree(home / "ours-image", home / "added-image")
     shutil.copytree(home / "ours-video", home / "added-video")
     lerobot(home, *then, f"add {home}/added-image", f"add {home}/added-video")
@@ -685,6 +706,10 @@ class TestLeRobot:
     def test_a_killed_recording_loads_in_lerobot(self, home: Path, step: int) -> None:
         """Killed after the data, with rows that are not counted; and after everything but meta/info.json."""
         assert int(check_against_lerobot(home / f"killed-{step}", home / f"killed-{step}.npz")["episodes"]) == 2
+
+    def test_what_a_robots_loop_recorded_loads_in_lerobot(self, home: Path) -> None:
+        said = check_against_lerobot(home / "recorded", home / "recorded.npz")
+        assert float(said[f"0/{TIME}"]) == 0.0 and float(said[f"23/{TIME}"]) >= 0.0
 
     def test_statistics_are_those_of_lerobot(self, home: Path) -> None:
         """Equal but for the rounding of LeRobot's float32 sums and its quantiles, which lie within a bin of 5000."""

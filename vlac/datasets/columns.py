@@ -43,6 +43,12 @@ def check_features(given: Mapping[str, Any]) -> dict[str, Feature]:
         if feature.dtype in PICTURES:
             if len(feature.shape) != 3 or feature.shape[2] != 3 or feature.depth:
                 raise InputError(f"feature {key!r}: shape {list(feature.shape)}, expected [height, width, 3] of RGB")
+            if feature.dtype == "video" and (feature.shape[0] % 2 or feature.shape[1] % 2):
+                raise InputError(
+                    f"feature {key!r}: a video of {feature.shape[0]}x{feature.shape[1]}; H.264 with 4:2:0 colour needs "
+                    "even sizes",
+                    remedy='record this camera with dtype "image", or crop it',
+                )
         elif feature.dtype not in NUMBERS or len(feature.shape) != 1 or not feature.shape[0]:
             raise InputError(
                 f"feature {key!r}: {feature.dtype} {list(feature.shape)} cannot be recorded",

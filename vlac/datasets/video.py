@@ -14,7 +14,7 @@ import numpy as np
 
 from vlac.datasets.pictures import MAX_PIXELS
 from vlac.datasets.tables import need
-from vlac.errors import DatasetError, InputError
+from vlac.errors import DatasetError
 
 NpArray = np.ndarray[Any, Any]
 
@@ -108,14 +108,10 @@ class Video:
 
 
 class VideoWriter:
-    """Frames into an .mp4 (H.264, a key frame every second frame as LeRobot has it, so that any frame is near one)."""
+    """Frames into an .mp4 (H.264, a key frame every second frame as LeRobot has it, so that any frame is near one);
+    height and width are even."""
 
     def __init__(self, path: Path, fps: int, height: int, width: int) -> None:
-        if height % 2 or width % 2:
-            raise InputError(
-                f"a video of {height}x{width}: H.264 with 4:2:0 colour needs even sizes",
-                remedy='record this camera with dtype "image", or crop it',
-            )
         av = need("av")
         self._container = av.open(str(path), mode="w", format="mp4")
         options = {"g": "2", "crf": "18", "preset": "veryfast", "bf": "0"}

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from vlac.datasets import statistics
-from vlac.datasets.columns import as_info, check_features, data_table, tasks_table, value_of
+from vlac.datasets.columns import as_info, check_features, data_table, tasks_table
+from vlac.datasets.episode import OpenEpisode
 from vlac.datasets.files import UNFINISHED, put, replace_json, replace_with
 from vlac.datasets.layout import (
     CHUNKS_SIZE,
@@ -32,9 +33,7 @@ from vlac.datasets.layout import (
     read_info,
     read_json,
 )
-from vlac.datasets.pictures import encode_png
 from vlac.datasets.tables import need, refusals, tasks_v3
-from vlac.datasets.video import VideoWriter
 from vlac.errors import DatasetError, InputError
 
 NpArray = np.ndarray[Any, Any]
@@ -57,7 +56,8 @@ class Writer:
         robot_type: a note in info.json.
         png_level: zlib level of pictures.
 
-    One writer per folder at a time (a second is refused). Not thread-safe.
+    Several episodes may be open at a time (`begin`, `commit`). One writer per folder (a second is refused). Not
+    thread-safe.
     Raises: InputError for features and frames that do not fit, DatasetError for a folder that is taken or broken.
     """
 
@@ -136,94 +136,78 @@ class Writer:
         self._tasks: list[str] = []
         self._stats: dict[str, statistics.Stats] = {}
         self._last: dict[str, Any] = {}
-        self._clear()
+        self._begun = 0
+        self._open_episodes: list[OpenEpisode] = []
+        self._current: OpenEpisode | None = None
 
-    def _clear(self) -> None:
-        self._columns: dict[str, list[Any]] = {k: [] for k, f in self.features.items() if f.dtype != "video"}
-        self._frame_tasks: list[str] = []
-        self._pictures = {k: statistics.Pictures() for k, f in self.features.items() if f.is_picture}
-        self._videos: dict[str, VideoWriter] = {}
-
-    # --- the open episode ---
+    # --- open episodes ---
 
     @property
     def episodes(self) -> int:
         """How many are committed."""
         return int(self._info["total_episodes"])
 
-    @property
-    def open_frames(self) -> int:
-        """Frames of the open episode."""
-        return len(self._frame_tasks)
-
-    def add_frame(self, frame: Mapping[str, Any], task: str | None = None) -> None:
-        """One moment: a value for every feature, and the instruction (as `task` or frame["task"]).
-
-        Nothing of the frame is kept when it is refused.
-        """
+    def begin(self) -> OpenEpisode:
+        """An episode of its own, beside others that are open: `add` its frames, then `commit` or `discard` it."""
         if self._lock < 0:
             raise InputError(f"the writer of {self.path} is closed")
-        text = frame.get("task") if task is None else task
-        if not isinstance(text, str):
-            raise InputError(f"a frame needs its instruction; task is {text!r}")
-        given, wanted = set(frame) - {"task"}, set(self.features)
-        if given != wanted:
-            missing, unknown = sorted(wanted - given), sorted(given - wanted)
-            raise InputError(
-                f"the frame {f'lacks {missing}' if missing else ''}{' and ' if missing and unknown else ''}"
-                f"{f'has {unknown}, which the dataset has not' if unknown else ''}"
-            )
-        values = {key: value_of(f, frame[key]) for key, f in self.features.items()}
-        for key, value in values.items():
-            feature = self.features[key]
-            if feature.is_picture:
-                self._pictures[key].add(value)
-            if feature.dtype == "video":
-                self._video(key, feature).add(value)
-            else:
-                self._columns[key].append(encode_png(value, self._png_level) if feature.is_picture else value)
-        self._frame_tasks.append(text)
+        episode = OpenEpisode(self.path, self._begun, self.features, self.fps, self._png_level)
+        self._begun += 1
+        self._open_episodes.append(episode)
+        return episode
 
-    def _video(self, key: str, feature: Feature) -> VideoWriter:
-        if key not in self._videos:
-            self._videos[key] = VideoWriter(self._unfinished_video(key), self.fps, feature.shape[0], feature.shape[1])
-        return self._videos[key]
+    def add_frame(self, frame: Mapping[str, Any], task: str | None = None) -> None:
+        """One moment of the episode that `save_episode` commits; see OpenEpisode.add."""
+        if self._current is None or self._lock < 0:
+            self._current = self.begin()
+        self._current.add(frame, task)
 
-    def _unfinished_video(self, key: str) -> Path:
-        return self.path / f".{key}.mp4{UNFINISHED}"
+    def save_episode(self) -> int:
+        """Commits what `add_frame` was given; see `commit`."""
+        if self._current is None:
+            raise InputError("the open episode has no frames")
+        episode, self._current = self._current, None
+        return self.commit(episode)
 
     def discard_episode(self) -> None:
-        """Forgets the open episode."""
-        for key, video in self._videos.items():
-            video.abandon()
-            self._unfinished_video(key).unlink(missing_ok=True)
-        self._clear()
+        """Forgets what `add_frame` was given since the last commit."""
+        if self._current is not None:
+            self.discard(self._current)
+            self._current = None
+
+    def discard(self, episode: OpenEpisode) -> None:
+        """Forgets an open episode."""
+        episode.discard()
+        self._open_episodes.remove(episode)
 
     # --- committing ---
 
-    def save_episode(self) -> int:
-        """Commits the open episode; when this returns it survives a kill and a loss of power. Returns its number.
+    def commit(self, episode: OpenEpisode) -> int:
+        """Commits an open episode; when this returns it survives a kill and a loss of power. Returns its number.
 
         When it fails (a full disk) the writer is closed, what is committed stays, and `resume` goes on.
         """
-        if not self.open_frames:
+        if not len(episode):
             raise InputError("the open episode has no frames")
         try:
-            return self._commit()
+            index = self._commit(episode)
         except BaseException:
             self.close()
             raise
+        self._open_episodes.remove(episode)
+        return index
 
-    def _commit(self) -> int:
-        frames, index, start = self.open_frames, self.episodes, int(self._info["total_frames"])
-        tasks, known = list(dict.fromkeys(self._frame_tasks)), len(self._tasks)
+    def _commit(self, episode: OpenEpisode) -> int:
+        frames, index, start = len(episode), self.episodes, int(self._info["total_frames"])
+        tasks, known = list(dict.fromkeys(episode.tasks)), len(self._tasks)
         self._tasks += [t for t in tasks if t not in self._tasks]
-        columns = self._episode_columns(index, start)
-        stats = self._episode_stats(columns)
+        columns = episode.columns(index, start, {t: i for i, t in enumerate(self._tasks)})
+        stats = episode.statistics(columns)
         row: dict[str, Any] = {"episode_index": index, "tasks": tasks, "length": frames}
         row |= self._write_data(columns) | {"dataset_from_index": start, "dataset_to_index": start + frames}
-        for key in self._videos:
-            row |= self._finish_video(key, frames)
+        for key, video in episode.videos.items():
+            video.close()
+            row |= self._put_video(key, episode.unfinished(key), frames)
         if len(self._tasks) > known:
             self._write_table(self.path / TASKS, tasks_table(self._tasks))
         row |= {f"stats/{k}/{name}": v.tolist() for k, one in stats.items() for name, v in one.items()}
@@ -234,25 +218,7 @@ class Writer:
         self._info["splits"] = {"train": f"0:{index + 1}"}
         replace_json(self.path / INFO, self._info)  # from here on the episode counts
         self._last = row
-        self._clear()
         return index
-
-    def _episode_columns(self, index: int, start: int) -> dict[str, Any]:
-        """Pictures as PNG bytes, everything else as arrays [frames, d] or [frames]."""
-        counting = np.arange(self.open_frames)
-        columns: dict[str, Any] = {
-            k: v if self.features[k].is_picture else np.stack(v) for k, v in self._columns.items()
-        }
-        columns |= {"timestamp": (counting / self.fps).astype(np.float32), "frame_index": counting}
-        columns |= {"episode_index": np.full(len(counting), index), "index": start + counting}
-        return columns | {"task_index": np.array([self._tasks.index(t) for t in self._frame_tasks])}
-
-    def _episode_stats(self, columns: Mapping[str, Any]) -> dict[str, statistics.Stats]:
-        result = {key: pictures.result() for key, pictures in self._pictures.items()}
-        for key, values in columns.items():
-            if key not in self._pictures:
-                result[key] = statistics.of_vectors(values.reshape(len(values), -1))
-        return result
 
     def _write_data(self, columns: Mapping[str, Any]) -> dict[str, int]:
         """Adds the rows to the last data file while that is small, else begins the next."""
@@ -281,12 +247,11 @@ class Writer:
         replace_with(path, write)
         return {"data/chunk_index": chunk, "data/file_index": file}
 
-    def _finish_video(self, key: str, frames: int) -> dict[str, Any]:
+    def _put_video(self, key: str, finished: Path, frames: int) -> dict[str, Any]:
         chunk, file = self._last_file(f"videos/{key}")
         if self._last:
             chunk, file = self._next(chunk, file)
-        self._videos[key].close()
-        put(self._unfinished_video(key), self.path / self._video_file(key, chunk, file))
+        put(finished, self.path / self._video_file(key, chunk, file))
         names = {"chunk_index": chunk, "file_index": file, "from_timestamp": 0.0, "to_timestamp": frames / self.fps}
         return {f"videos/{key}/{name}": value for name, value in names.items()}
 
@@ -402,9 +367,11 @@ class Writer:
     # --- the end ---
 
     def close(self) -> None:
-        """Forgets the open episode and lets the folder go; committed episodes need nothing more."""
+        """Forgets open episodes and lets the folder go; committed ones need nothing more."""
         if self._lock >= 0:
-            self.discard_episode()
+            for episode in self._open_episodes:
+                episode.discard()
+            self._open_episodes, self._current = [], None
             os.close(self._lock)
             self._lock = -1
 
