@@ -64,7 +64,7 @@ def run(
     act: Act, seeds: Sequence[int], steps: int = 5, control: str = "none", together: int = 50
 ) -> list[dict[str, Any]]:
     """One episode per seed, `steps` actions of each chunk executed. control: "none", "instruction" (a wrong one is
-    given, the right one is judged), "blank" (grey pictures). Returns {seed, instruction, success, length} each."""
+    given, the right one is judged), "blank" (black pictures). Returns {seed, instruction, success, length} each."""
     results: list[dict[str, Any]] = []
     for start in tqdm(range(0, len(seeds), together), desc=f"episodes ({control})"):
         results += _some(act, list(seeds[start : start + together]), steps, control)
@@ -87,7 +87,7 @@ def _some(act: Act, seeds: list[int], steps: int, control: str) -> list[dict[str
     while active:
         seen = [observations[i] for i in active]
         if control == "blank":
-            seen = [{**o, "pixels": {k: np.full_like(v, 128) for k, v in o["pixels"].items()}} for o in seen]
+            seen = [{**o, "pixels": {k: np.zeros_like(v) for k, v in o["pixels"].items()}} for o in seen]
         chunks = act(seen, [tasks[i] for i in active], [seeds[i] * 1000 + calls for i in active])
         calls += 1
         ended = set()

@@ -1,7 +1,7 @@
 """Trains the bundled policy vlac/zoo/push_cubes: records demonstrations, trains LeRobot's SmolVLA on them, measures it.
 
 bash scripts/peers/lerobot.sh
-.venv-lerobot/bin/python scripts/train_push_cubes.py --out /tmp/push_cubes           (about an hour on one core)
+.venv-lerobot/bin/python scripts/train_push_cubes.py --out /tmp/push_cubes           (about 40 minutes on one core)
 .venv-lerobot/bin/python scripts/train_push_cubes.py --out /tmp/push_cubes --eval 400
 
 Run again, it goes on where it was stopped. OUT/dataset is the LeRobotDataset, OUT/policy LeRobot's folder with the
@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--episodes", type=int, default=2400, help="demonstrations")
     parser.add_argument("--corrections", type=int, default=600, help="episodes of the half-trained policy")
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--minutes", type=float, help="shortens the schedule so that training ends in this time")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
