@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,20 @@ def test_the_bundled_observations() -> None:
     words = [(e["task"].split()[2], e["task"].split()[-1].replace("wards", "")) for e in entries]
     assert all(words.count(w) == 8 for w in words) and len(set(words)) == 8
     assert sum(f.stat().st_size for f in BUNDLED.iterdir()) < 300_000
+
+
+def test_the_bundled_observations_are_what_the_environment_gives() -> None:
+    pytest.importorskip("pymunk")
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import push_cubes_observations as script
+
+    kept = Recorded(BUNDLED).take(policy_io("observation.images.top", "observation.images.follow", state=4), None)
+    for i in (0, 13, 63):
+        made = script.moment(script.FIRST_SEED + i)
+        np.testing.assert_array_equal(made["state"], kept[i].state)
+        assert made["task"] == kept[i].task
+        for key, picture in made["images"].items():
+            np.testing.assert_array_equal(picture, kept[i].images[key])
 
 
 # --- parity, calibration, golden answers -------------------------------------------------------------------------
