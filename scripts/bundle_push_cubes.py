@@ -13,13 +13,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vlac.recorded import write_folder
+from push_cubes_observations import COUNT, FIRST_SEED, write
+
 from vlac.sim import INSTRUCTIONS, TASKS, Expert, PushCubes
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = ROOT / "vlac" / "zoo" / "push_cubes"
 FIGURES = ROOT / "benchmarks" / "results" / "push_cubes_training.json"
-FIRST_SEED, COUNT = 900_000, 64
 
 CARD = """---
 license: apache-2.0
@@ -75,30 +75,24 @@ def main() -> None:
     )
     shutil.rmtree(ZOO, ignore_errors=True)
     shutil.copytree(out / "policy", ZOO, ignore=lambda folder, names: {"README.md"} & set(names))
-    frames, lengths = observations()
-    write_folder(ZOO / "observations", frames, {"made_by": "scripts/bundle_push_cubes.py: the expert of vlac.sim"})
-    (ZOO / "README.md").write_text(card(training, evaluation, lengths), encoding="utf-8")
+    write(ZOO / "observations")
+    (ZOO / "README.md").write_text(card(training, evaluation, expert_lengths()), encoding="utf-8")
     FIGURES.write_text(json.dumps({"training": training, "evaluation": evaluation}, indent=1) + "\n", encoding="utf-8")
     print(f"{ZOO}: {sum(f.stat().st_size for f in ZOO.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
 
-def observations() -> tuple[list[dict[str, Any]], list[int]]:
-    """One moment of each of 64 episodes, early ones and late ones; and how long the episodes are."""
-    env, expert = PushCubes(), Expert()
-    frames, lengths = [], []
+def expert_lengths() -> list[int]:
+    """How long the expert's episodes are, from the seeds of the recorded observations."""
+    env, expert, lengths = PushCubes(), Expert(), []
     for number in range(COUNT):
-        observation, _ = env.reset(seed=FIRST_SEED + number)
-        seen, done = [], False
+        env.reset(seed=FIRST_SEED + number)
+        steps, done = 0, False
         while not done:
-            action = expert.act(env)
-            images = {f"observation.images.{k}": v for k, v in observation["pixels"].items()}
-            entry = {"images": images, "state": observation["agent_pos"], "action": action, "task": env.instruction}
-            seen.append({**entry, "episode": number, "frame": len(seen)})
-            observation, _, done, late, _ = env.step(action)
+            *_, done, late, _ = env.step(expert.act(env))
             done = done or late
-        frames.append(seen[len(seen) * (number % 8) // 8])
-        lengths.append(len(seen))
-    return frames, lengths
+            steps += 1
+        lengths.append(steps)
+    return lengths
 
 
 def card(training: dict[str, Any], evaluation: dict[str, Any], lengths: list[int]) -> str:
