@@ -207,7 +207,7 @@ def test_all_native_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_weights_are_used_where_they_lie_in_the_file(golden: Any, tmp_path: Path) -> None:
-    vlac.compile(golden("smolvla_tiny").checkpoint, "gguf-q8", tmp_path / "out")
+    vlac.compile(golden("smolvla_tiny").checkpoint, "gguf-f16", tmp_path / "out")
     artifact = open_artifact(tmp_path / "out")
     session = ENGINE.open(artifact, threads=1)
     assert isinstance(session, GgmlSession)
@@ -217,6 +217,25 @@ def test_weights_are_used_where_they_lie_in_the_file(golden: Any, tmp_path: Path
         assert data is not None
         assert ggml_lib.Tensor.from_address(tensor).data == data.ctypes.data
     session.close()
+
+
+def test_bf16_beside_q8_is_recoded_where_the_cpu_has_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    b = StageBuilder("s")
+    b.output(b.linear(b.linear(b.input("state", "f32", 4, 64), "@fine"), "@coarse", name="y"))
+    r = np.random.default_rng(0)
+    formats, x = {"fine": "bf16", "coarse": "q8_0"}, r.standard_normal((4, 64)).astype(np.float32)
+    tensors = {n: stored(r.standard_normal((64, 64)).astype(np.float32), f) for n, f in formats.items()}
+    params = {n: Param(t.shape, t.format) for n, t in tensors.items()}
+    program = Program("two", (), (b.build(),), params, Schedule((Call("s"),), "y"))
+    found = {}
+    for features in ({"AVX512_BF16": "1"}, {}):
+        monkeypatch.setattr(ggml_lib.load(), "features", features)
+        session = GgmlSession(program, tensors, threads=1)
+        assert ("recoded" in session.info) == (not features)
+        assert session.program.params["fine"].format == ("bf16" if features else "q8_0")
+        found[bool(features)] = session.run("s", {"state": x}, {})["y"]
+        session.close()
+    assert 1e-4 < np.linalg.norm(found[True] - found[False]) / np.linalg.norm(found[True]) < 2e-2
 
 
 def test_unaligned_weights_are_copied() -> None:

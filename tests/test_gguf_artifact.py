@@ -254,6 +254,22 @@ def test_plan(target: str, shape: tuple[int, ...], role: str, fmt: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "role", "fmt"),
+    [
+        ("vision.layers.3.mlp.fc1.weight", "linear", "bf16"),
+        ("vision.layers.0.mlp.fc1.weight", "linear", "f16"),
+        ("vision.patch_embedding.weight", "linear", "f16"),
+        ("connector.proj.weight", "linear", "f16"),
+        ("vision.position_embedding", "other", "f32"),
+        ("text.layers.0.mlp.up_proj.weight", "linear", "q8_0"),
+    ],
+)
+def test_q8_holds_the_vision_tower_finer(name: str, role: str, fmt: str) -> None:
+    assert targets.get("gguf-q8").plan(name, (768, 768), role) == fmt
+    assert targets.get("gguf-q6").plan(name, (768, 768), role) in ("q6_k", "f32")
+
+
+@pytest.mark.parametrize(
     ("count", "label"),
     [(450_046_176, "450M"), (3_300_000_000, "3.3B"), (7_000_000_000, "7B"), (12_400_000_000, "12B"), (323_496, "323K"),
      (1_500_000, "1.5M"), (12, "12")],

@@ -7,6 +7,7 @@ changed, computes, and copies the outputs out. `threads` is the most that a grap
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -21,8 +22,8 @@ from vlac.engines.ggml_lib import Ggml, InitParams, Tensor
 from vlac.engines.ggml_ops import DRAW, LAYOUTS, Drawing, Feed
 from vlac.engines.ggml_plan import StagePlan, macs, plan_stage
 from vlac.errors import EngineError
-from vlac.formats import get_format
-from vlac.graph import Program, stage_symbols
+from vlac.formats import encode, get_format
+from vlac.graph import Param, Program, stage_symbols
 from vlac.ops import DTYPES, OPS
 
 ALIGNMENT = 32
@@ -94,6 +95,17 @@ def _aligned(data: NpArray) -> NpArray:
     copy = room[start : start + data.nbytes]
     copy[:] = data
     return copy
+
+
+def without_bf16(program: Program, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The bfloat16 weights of a file that holds q8_0 as well, as q8_0: for CPUs without instructions for bfloat16."""
+    weights = {n.inputs[1][1:] for s in program.stages for n in s.nodes if n.op == "linear" and n.inputs[1][0] == "@"}
+    if not any(program.params[w].format == "q8_0" for w in weights):
+        return {}
+    chosen = [
+        w for w in sorted(weights) if program.params[w].format == "bf16" and program.params[w].shape[-1] % 32 == 0
+    ]
+    return {w: dataclasses.replace(tensors[w], format="q8_0", data=encode("q8_0", tensors[w].decode())) for w in chosen}
 
 
 class StageGraph:
@@ -219,7 +231,6 @@ class GgmlSession(EngineSession):
                 raise EngineError(
                     f"engine ggml: tensor {name} is {found}, the program wants {param.format}{list(param.shape)}"
                 )
-        self.program = program
         self._symbols = {s.name: stage_symbols(s) for s in program.stages}
         # where ids are picked, one rounding may pick another id, and all that follows: float16 products are exact there
         self._careful = any(n.op == "argmax" for s in program.stages for n in s.nodes)
@@ -227,7 +238,11 @@ class GgmlSession(EngineSession):
         self._graphs: OrderedDict[tuple[Any, ...], StageGraph] = OrderedDict()
         self._lib = lib = ggml_lib.load()
         count = self._threads = threads or ggml_lib.default_threads()
-        self._weights: PlacedWeights | None = PlacedWeights(lib, {name: tensors[name] for name in program.params})
+        recoded = {} if "AVX512_BF16" in lib.features else without_bf16(program, tensors)
+        stored_as = {name: Param(stored.shape, stored.format) for name, stored in recoded.items()}
+        self.program = program.replace(params={**program.params, **stored_as})
+        placed = {name: recoded.get(name, tensors[name]) for name in program.params}
+        self._weights: PlacedWeights | None = PlacedWeights(lib, placed)
         self._backend = lib.backend(count)
         self.info = {
             "engine": "ggml",
@@ -237,6 +252,7 @@ class GgmlSession(EngineSession):
             "cpu_library": lib.cpu_library or "built in",
             "features": lib.features,
             "threads": count,
+            **({"recoded": f"{len(recoded)} bf16 tensors as q8_0"} if recoded else {}),
         }
 
     def run(self, stage: str, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:

@@ -135,9 +135,9 @@ def _properties(device: str, threads: int, precision: str) -> dict[str, Any]:
 def _groups(program: Program, stage: str, device: str) -> dict[str, int]:
     """How many values of a row of activations share a scale, for all linears of a stage; 0: they stay float.
 
-    Weights that come in blocks want their own block. For int8 weights: the size that divides the input widths of most of the work, the
-    largest of those. Sizes that divide no width cost up to a tenth; widths below the size are not quantised at all;
-    sizes that are no multiple of 16 turn the integer kernels off.
+    Weights that come in blocks want their own block. For int8 weights: the size that divides the input widths of most
+    of the work, the largest of those. Sizes that divide no width cost up to a tenth; widths below the size are not
+    quantised at all; sizes that are no multiple of 16 turn the integer kernels off.
     """
     stages = program.stages if stage == SINGLE else (program.stage(stage),)
     names = [n.inputs[1] for s in stages for n in s.nodes if n.op == "linear" and n.inputs[1].startswith("@")]
