@@ -363,7 +363,7 @@ def test_eval_counts_compares_and_draws(artifact: Path, command: Any, tmp_path: 
     assert (pair["only_first"], pair["only_second"], pair["p"]) == (0, 0, 1.0)
     for episode in report["pictures"]:
         gif, strip = map(Image.open, episode["files"])
-        assert gif.n_frames > 10 and strip.width > 4 * strip.height
+        assert gif.n_frames > 10 and strip.width == 4 * (192 + 4) - 4 and strip.height == 2 * (192 + 16)
         assert len(strip.convert("RGB").getcolors(1 << 20)) > 8, "the strip is blank"
 
 

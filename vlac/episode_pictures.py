@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 NpArray = np.ndarray[Any, Any]
 
 WIDTH = 256
-"""Pixels of a frame's longer side in the GIF; the strip takes frames half as large."""
-FRAMES, SHOWN = 120, 8
-"""Frames of a GIF at most, and of a strip."""
+"""Pixels of a frame's longer side in the GIF; the strip takes frames three quarters as large."""
+FRAMES, SHOWN, ROW = 120, 8, 4
+"""Frames of a GIF at most, of a strip, and of a row of it."""
 
 
 def draw_both(run: Run, episodes: Sequence[Episode], folder: Path, progress: Progress = silent) -> list[dict[str, Any]]:
@@ -87,17 +87,18 @@ def write_gif(path: Path, frames: Sequence[NpArray], fps: float) -> Path:
 
 
 def write_strip(path: Path, frames: Sequence[NpArray]) -> Path:
-    """SHOWN frames at equal distances of time, first and last among them, each with its step."""
+    """SHOWN frames at equal distances of time, first and last among them, each with its step, ROW to a row."""
     from PIL import Image, ImageDraw
 
     indices = sorted({round(i * (len(frames) - 1) / (SHOWN - 1)) for i in range(SHOWN)})
-    tiles = [_sized(frames[i], WIDTH // 2) for i in indices]
+    tiles = [_sized(frames[i], WIDTH * 3 // 4) for i in indices]
     gap, below = 4, 16
-    width, height = tiles[0].size
-    strip = Image.new("RGB", (len(tiles) * (width + gap) - gap, height + below), "white")
+    width, height = tiles[0].width + gap, tiles[0].height + below
+    strip = Image.new("RGB", (ROW * width - gap, -(-len(tiles) // ROW) * height), "white")
     draw = ImageDraw.Draw(strip)
-    for column, (tile, step) in enumerate(zip(tiles, indices, strict=True)):
-        strip.paste(tile, (column * (width + gap), 0))
-        draw.text((column * (width + gap) + 2, height + 2), f"step {step}", fill="black")
+    for place, (tile, step) in enumerate(zip(tiles, indices, strict=True)):
+        x, y = place % ROW * width, place // ROW * height
+        strip.paste(tile, (x, y))
+        draw.text((x + 2, y + tile.height + 2), f"step {step}", fill="black")
     strip.save(path, optimize=True)
     return path
