@@ -75,6 +75,8 @@ def main() -> None:
     )
     shutil.rmtree(ZOO, ignore_errors=True)
     shutil.copytree(out / "policy", ZOO, ignore=lambda folder, names: {"README.md"} & set(names))
+    for file in ZOO.rglob("*"):  # safetensors come for the owner alone
+        file.chmod(0o755 if file.is_dir() else 0o644)
     write(ZOO / "observations")
     (ZOO / "README.md").write_text(card(training, evaluation, expert_lengths()), encoding="utf-8")
     FIGURES.write_text(json.dumps({"training": training, "evaluation": evaluation}, indent=1) + "\n", encoding="utf-8")
