@@ -201,6 +201,49 @@ def test_the_argmax_may_be_restricted_to_the_bins(engine: str, compiled: Any) ->
         assert all(low <= t < high for t in policy.tokens)
 
 
+TABLE = (*range(600, 700), 31, *range(450, 300, -1), 70, 804, 12, 9)
+"""256 ids in an order of their own."""
+
+
+@pytest.mark.parametrize("engine", ["torch", "ggml", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("folder", [MAIN, OFT], ids=["one by one", "all at once"])
+def test_bins_may_have_any_ids(folder: Path, engine: str, compiled: Any, tmp_path: Path) -> None:
+    need(engine)
+    table = tuple(i for i in TABLE if i < 760) if folder == OFT else TABLE
+    spec = {"bins.restricted": True, "bins.kind": "cells", "bins.ids": list(table)}
+    target = "gguf-f32" if engine in ("torch", "ggml") else "onnx-fp32"
+    if folder == OFT:
+        copied = copy_golden(tmp_path, "openvla_oft_tiny")
+        next(copied.glob("action_head--*")).unlink()
+        made = vlac.compile(copied, target, tmp_path / "out", unnorm_key="bridge_orig", spec={**OFT_SPEC, **spec}).path
+    else:
+        made = compiled(folder, target, spec=spec)
+    with vlac.load(made, engine=engine, threads=1) as policy:
+        chunk = policy.act(**observation(folder, 0), units="normalized")
+        assert policy.tokens is not None
+        assert set(policy.tokens.tolist()) <= set(table)
+        places = np.array([table.index(t) for t in policy.tokens])
+        assert np.abs(chunk.reshape(-1) - (-1 + (2 * places + 1) / len(table))).max() <= 1e-6
+        if folder == MAIN:
+            told = arrays(MAIN)["obs0_step_logits"][0]
+            assert policy.tokens[0] == table[int(np.argmax(told[list(table)]))]
+
+
+def test_ids_of_bins_are_checked() -> None:
+    from vlac.readers.prismatic import read_ids
+    from vlac.runtime.token_bins import token_bins
+
+    assert read_ids("12+7+3-5+9-8") == (12, 7, 3, 4, 5, 9, 8)
+    assert read_ids([4, 2]) == (4, 2)
+    for given, message in (("a+1", "expected ids"), ("1+1", "1 ids for 2 bins"), ("5-900", "ids 5..900, of 863")):
+        with pytest.raises((CheckpointError, Unsupported), match=message):
+            read_policy(str(MAIN / "checkpoint"), ReadOptions(unnorm_key="bridge_orig", spec={"bins.ids": given}))
+    common: dict[str, Any] = {"bins": 2, "kind": "cells", "first": 0, "direction": 1, "columns": 1, "ids": [40, 3]}
+    assert token_bins(np.array([3.0, 40.0]), **common).tolist() == [[0.5], [-0.5]]
+    with pytest.raises(EngineError, match="picked id 7"):
+        token_bins(np.array([3.0, 7.0]), **common)
+
+
 # --- OpenVLA-OFT -----------------------------------------------------------------------------------------------
 
 

@@ -7,10 +7,57 @@ and values into a small cache with one row per turn, allocated before the first;
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from vlac import blocks
 from vlac.dims import Dim
 from vlac.graph import Repeat, StageBuilder
 from vlac.spec import DecoderSpec
+
+
+@dataclass(frozen=True)
+class BinsSpec:
+    """Which ids mean which bins of [-1, 1]: bin i has the id first + direction * i, or ids[i] where a table is given
+    (vlac.runtime.token_bins).
+
+    `restricted`: only the bins' ids compete in the argmax; OpenVLA's own decoding takes the whole vocabulary.
+    """
+
+    count: int = 256
+    kind: str = "edges"
+    first: int = 0
+    direction: int = -1
+    restricted: bool = False
+    ids: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The ids that compete where the argmax is restricted: those of a table in its order, others ascending."""
+        return self.ids or tuple(sorted(self.first + self.direction * i for i in range(self.count)))
+
+
+def choose(b: StageBuilder, x: str, rows: int, text: DecoderSpec, bins: BinsSpec, name: str) -> str:
+    """The likeliest id of each of `rows` hidden states; its `logits` are over the bins' ids only where the argmax is
+    restricted to them: `text.lm_head` has their rows only, then."""
+    logits = blocks.linear(b, blocks.rms_norm(b, x, text, "text.norm"), "text.lm_head", as_="logits")
+    if not bins.restricted:
+        return b.op("argmax", logits, name=name)
+    places = b.op("argmax", logits)
+    if not bins.ids:
+        lowest = b.op("full", shape=(1,), value=float(bins.rows[0]), dtype="i32")
+        return b.op("add", places, lowest, name=name)
+    table = _constant(b, bins.ids)
+    one_by_one = [places] if rows == 1 else [b.op("slice", places, axis=0, start=i, stop=i + 1) for i in range(rows)]
+    picked = [b.op("pick", table, place, name=name if rows == 1 else "") for place in one_by_one]
+    return picked[0] if rows == 1 else b.op("concat", *picked, axis=0, name=name)
+
+
+def _constant(b: StageBuilder, ids: tuple[int, ...]) -> str:
+    """i32 [len(ids)], drawn as runs of ascending numbers."""
+    starts = [i for i in range(len(ids)) if i == 0 or ids[i] != ids[i - 1] + 1]
+    stops = [*starts[1:], len(ids)]
+    runs = [b.op("arange", start=ids[i], stop=ids[i] + j - i) for i, j in zip(starts, stops, strict=True)]
+    return runs[0] if len(runs) == 1 else b.op("concat", *runs, axis=0)
 
 
 def last_token(b: StageBuilder, tokens: str, valid: str, before: int = 0) -> tuple[str, str]:

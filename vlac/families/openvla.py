@@ -2,7 +2,7 @@
 
 OpenVLA-OFT (Kim et al. 2025, arXiv 2502.19645) is the same network read once, bidirectionally, with an L1 head or the
 argmax of every action's position. How tokens become numbers is a step of the runtime (`token_bins`), so other
-discretised decoders (RT-2's cells, ascending ids, argmax over the bins only) are `BinsSpec` options.
+discretised decoders (RT-2's cells, any table of ids, argmax over the bins only) are `BinsSpec` options.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from vlac import blocks, blocks_decode, blocks_timm
 from vlac.blocks import Shapes, linear
+from vlac.blocks_decode import BinsSpec
 from vlac.blocks_timm import TowerSpec, linear_shapes
 from vlac.dims import Dim, symbol
 from vlac.graph import Call, Param, Program, Repeat, Schedule, Stage, StageBuilder, Symbol, check
@@ -19,25 +20,6 @@ from vlac.policy import Policy
 from vlac.registry import Family, families
 from vlac.spec import DecoderSpec
 from vlac.weights import Weights
-
-
-@dataclass(frozen=True)
-class BinsSpec:
-    """Which ids mean which bins of [-1, 1]: bin i has the id first + direction * i (vlac.runtime.token_bins).
-
-    `restricted`: only these `count` ids compete in the argmax; OpenVLA's own decoding takes the whole vocabulary.
-    """
-
-    count: int = 256
-    kind: str = "edges"
-    first: int = 0
-    direction: int = -1
-    restricted: bool = False
-
-    @property
-    def lowest(self) -> int:
-        """The smallest id that means a bin."""
-        return self.first if self.direction > 0 else self.first - self.count + 1
 
 
 @dataclass(frozen=True)
@@ -185,17 +167,8 @@ def _decode(spec: OpenVLASpec) -> Stage:
     x = b.op("embed", token, "@text.embed_tokens.weight")
     turns = spec.chunk_size * spec.action_dim
     x = blocks_decode.decoder_turn(b, x, turn, turns, spec.prompt_rows, spec.text, "text")
-    b.output(_choose(b, x, spec, "next_token"), "logits")
+    b.output(blocks_decode.choose(b, x, 1, spec.text, spec.bins, "next_token"), "logits")
     return b.build()
-
-
-def _choose(b: StageBuilder, x: str, spec: OpenVLASpec, name: str) -> str:
-    """The likeliest id of each row; its `logits` are over the bins' ids only where the argmax is restricted to them."""
-    logits = linear(b, blocks.rms_norm(b, x, spec.text, "text.norm"), "text.lm_head", as_="logits")
-    if not spec.bins.restricted:
-        return b.op("argmax", logits, name=name)
-    lowest = b.op("full", shape=(1,), value=float(spec.bins.lowest), dtype="i32")
-    return b.op("add", b.op("argmax", logits), lowest, name=name)
 
 
 def _policy(spec: OpenVLASpec) -> Stage:
@@ -221,7 +194,10 @@ def _policy(spec: OpenVLASpec) -> Stage:
     for i in range(spec.text.num_hidden_layers):
         x, *_ = blocks.decoder_layer(b, x, spec.text, f"text.layers.{i}", positions, mask)
     x = b.op("slice", x, axis=0, start=start, stop=start + actions, name="action_hidden")
-    b.output(_choose(b, x, spec, "action_tokens") if spec.head_blocks < 0 else _l1_head(b, x, spec))
+    if spec.head_blocks < 0:
+        b.output(blocks_decode.choose(b, x, actions, spec.text, spec.bins, "action_tokens"))
+    else:
+        b.output(_l1_head(b, x, spec))
     return b.build()
 
 

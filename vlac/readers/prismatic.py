@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vlac.blocks_decode import BinsSpec
 from vlac.blocks_timm import TowerSpec
 from vlac.errors import CheckpointError, Unsupported, VlacError
-from vlac.families.openvla import BinsSpec, OpenVLASpec
+from vlac.families.openvla import OpenVLASpec
 from vlac.io import IO, Camera, Step
 from vlac.policy import Policy, Source
 from vlac.readers.lerobot import Config
@@ -267,7 +268,11 @@ def _spec(opened: Opened, statistics: Mapping[str, Any]) -> OpenVLASpec:
     if opened.side or opened.given("parallel", "") in ("1", "true", "True"):
         spec = _oft(opened, spec)
     taken = ("vision.num_attention_heads", "fused.num_attention_heads", "text.num_attention_heads", "text.head_dim")
-    spec = override(spec, {k: v for k, v in opened.options.spec.items() if k not in taken})
+    given = {k: v for k, v in opened.options.spec.items() if k not in taken}
+    if "bins.ids" in given:
+        ids = read_ids(given.pop("bins.ids"))
+        spec = replace(spec, bins=replace(spec.bins, ids=ids, count=len(ids)))
+    spec = override(spec, given)
     if (
         spec.action_bounds not in BOUNDS
         or spec.bins.kind not in ("edges", "cells")
@@ -277,9 +282,27 @@ def _spec(opened: Opened, statistics: Mapping[str, Any]) -> OpenVLASpec:
             f"action_bounds {spec.action_bounds!r}, bins.kind {spec.bins.kind!r}, bins.direction "
             f"{spec.bins.direction}; known: {', '.join(BOUNDS)}; edges, cells; 1, -1"
         )
-    if not (spec.bins.lowest >= 0 and spec.bins.lowest + spec.bins.count <= text.vocab_size):
-        raise CheckpointError(f"{config.path}: {spec.bins.count} bins from id {spec.bins.lowest}, of {text.vocab_size}")
+    ids = spec.bins.rows
+    if len(ids) != spec.bins.count or len(set(ids)) < len(ids) or len(ids) < 2:
+        raise CheckpointError(
+            f"bins.ids: {len(set(ids))} ids for {spec.bins.count} bins; each bin needs one of its own"
+        )
+    if min(ids) < 0 or max(ids) >= text.vocab_size:
+        raise CheckpointError(f"{config.path}: {len(ids)} bins with ids {min(ids)}..{max(ids)}, of {text.vocab_size}")
     return spec
+
+
+def read_ids(given: Any) -> tuple[int, ...]:
+    """Ids of the bins in order, as --spec has them: a list of numbers, or text such as 300-555 or 12+7+1000-1253."""
+    parts = [str(part) for part in given] if isinstance(given, (list, tuple)) else str(given).split("+")
+    found: list[int] = []
+    for part in parts:
+        m = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if m is None or len(found) > 65536:
+            raise Unsupported(f"--spec bins.ids={part!r}: expected ids and ranges such as 12+7+1000-1253")
+        first, last = int(m[1]), int(m[2] or m[1])
+        found += range(first, last + 1) if last >= first else range(first, last - 1, -1)
+    return tuple(found)
 
 
 def _end_token(opened: Opened) -> int:
@@ -321,7 +344,13 @@ def _oft(opened: Opened, spec: OpenVLASpec) -> OpenVLASpec:
 
 def _decoded(spec: OpenVLASpec) -> tuple[Step, ...]:
     """From tokens to bin centres, where the network gives tokens."""
-    bins = {"bins": spec.bins.count, "kind": spec.bins.kind, "first": spec.bins.first, "direction": spec.bins.direction}
+    bins: dict[str, Any] = {
+        "bins": spec.bins.count,
+        "kind": spec.bins.kind,
+        "first": spec.bins.first,
+        "direction": spec.bins.direction,
+    }
+    bins |= {"ids": list(spec.bins.ids)} if spec.bins.ids else {}
     step = Step("token_bins", {**bins, "columns": spec.action_dim, "end": spec.end_token_id})
     return () if spec.head_blocks >= 0 else (step,)
 

@@ -76,8 +76,8 @@ def _text(tensors: Weights, spec: OpenVLASpec, used: set[str]) -> Pairs:
         used.add(source)
         tensor = tensors[source]
         if head and spec.bins.restricted:
-            low, high = spec.bins.lowest, spec.bins.lowest + spec.bins.count
-            tensor = tensor.map(lambda w, low=low, high=high: w[low:high], (spec.bins.count, *tensor.shape[1:]))  # type: ignore[misc]
+            rows = list(spec.bins.rows)
+            tensor = tensor.map(lambda w, rows=rows: w[rows], (len(rows), *tensor.shape[1:]))  # type: ignore[misc]
         yield name, tensor
 
 

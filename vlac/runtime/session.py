@@ -151,9 +151,9 @@ def _check_io(artifact: Artifact, io: IO, where: str) -> None:
         for steps in (io.action_steps, io.normalised_action_steps):
             with python_warnings.catch_warnings():  # zeros need be no action tokens
                 python_warnings.simplefilter("ignore", VlacWarning)
-                rows = apply_action_steps(
-                    steps, np.zeros((1, io.max_action_dim), np.float32), np.zeros(io.state_dim, np.float32)
-                )
+                given = next(iter(steps[0].params.get("ids", ())), 0) if steps else 0
+                probe = np.full((1, io.max_action_dim), given, np.float32)
+                rows = apply_action_steps(steps, probe, np.zeros(io.state_dim, np.float32))
             if rows.shape[1] != io.action_dim:
                 raise InputError(f"actions come out with {rows.shape[1]} columns, action_dim is {io.action_dim}")
     except (InputError, ValueError) as error:

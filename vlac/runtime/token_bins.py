@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,19 +20,42 @@ def centres(bins: int, kind: str) -> npt.NDArray[np.float64]:
     return middle
 
 
-def token_bins(x: Array, *, bins: int, kind: str, first: int, direction: int, columns: int, end: int = -1) -> Array:
+def token_bins(
+    x: Array,
+    *,
+    bins: int,
+    kind: str,
+    first: int,
+    direction: int,
+    columns: int,
+    end: int = -1,
+    ids: Sequence[int] = (),
+) -> Array:
     """Ids x (any shape, whole numbers) -> bin centres, float32 [N, columns].
 
     Bin i has the id first + direction * i; ids beyond either end mean the bin at that end. `end`: an id that ends an
-    answer; EngineError when it stands before the last place, because then what follows is no action.
+    answer; EngineError when it stands before the last place, because then what follows is no action. `ids`: bin i has
+    the id ids[i] instead; EngineError for an id that means no bin.
     """
-    ids = np.rint(x).astype(np.int64).reshape(-1)
-    early = np.flatnonzero(ids[:-1] == end)
+    tokens = np.rint(x).astype(np.int64).reshape(-1)
+    early = np.flatnonzero(tokens[:-1] == end)
     if early.size:
         raise EngineError(
-            f"the policy ended its answer after {early[0]} of {ids.size} action tokens",
+            f"the policy ended its answer after {early[0]} of {tokens.size} action tokens",
             remedy="check instruction and picture: this observation is far from what the policy was trained on",
         )
     table = centres(bins, kind)
-    index = np.clip((ids - first) * direction, 0, len(table) - 1)
+    index = _places(tokens, ids) if ids else (tokens - first) * direction
+    index = np.clip(index, 0, len(table) - 1)
     return table[index].astype(np.float32).reshape(-1, columns)
+
+
+def _places(tokens: npt.NDArray[np.int64], ids: Sequence[int]) -> npt.NDArray[np.int64]:
+    known = {token: i for i, token in enumerate(ids)}
+    strange = [int(t) for t in tokens if int(t) not in known]
+    if strange:
+        raise EngineError(
+            f"the policy picked id {strange[0]}, which means no bin",
+            remedy="compile with --spec bins.restricted=true: only the bins' ids compete then",
+        )
+    return np.array([known[int(t)] for t in tokens], dtype=np.int64)
