@@ -1,6 +1,7 @@
 """What compiling does to success: the bundled policy in closed loop, every precision against fp32 on the same episodes.
 
-python benchmarks/push_cubes.py [--episodes 400] [--seed 0] [--workers N] [--no-lerobot] [TARGET ...]
+python benchmarks/push_cubes.py [--episodes 400] [--seed 0] [--workers N] [--no-lerobot] [--out FILE.json]
+    [TARGET ...]
 
 Rows: the untouched checkpoint in fp32 (with its controls: wrong instructions, black pictures), LeRobot itself on the
 same checkpoint and the same noise (.venv-lerobot), and each target. Success with Wilson's interval, the paired
@@ -103,9 +104,9 @@ def of_reference(args: argparse.Namespace, show: Any) -> Row:
 
 def earlier(args: argparse.Namespace, digest: str) -> dict[str, Row]:
     """Rows that an earlier run wrote for the same weights and episodes."""
-    if not RESULT.exists():
+    if not args.out.exists():
         return {}
-    report = json.loads(RESULT.read_text(encoding="utf-8"))
+    report = json.loads(args.out.read_text(encoding="utf-8"))
     same = (report["weights_sha256"], report["seeds"]) == (digest, [args.seed, args.seed + args.episodes - 1])
     return {r["target"]: r for r in report["rows"]} if same else {}
 
@@ -121,7 +122,7 @@ def write(rows: Sequence[Row], args: argparse.Namespace, digest: str) -> None:
         "seeds": [args.seed, args.seed + args.episodes - 1],
         "rows": rows,
     }
-    RESULT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=usable_cores())
     parser.add_argument("--no-lerobot", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     digest = hashlib.sha256((POLICY / "model.safetensors").read_bytes()).hexdigest()
     rows = earlier(args, digest)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,8 @@ class LeRobot:
 def main() -> None:
     folder, seed, episodes = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
-    driver = LeRobot(folder)
+    with contextlib.redirect_stdout(sys.stderr):  # LeRobot prints while it loads
+        driver = LeRobot(folder)
 
     def show(what: str, done: int, total: int) -> None:
         if done % 20 == 0:
@@ -66,7 +66,7 @@ def main() -> None:
     found = rollout(
         driver, push_cubes, range(seed, seed + episodes), driver.policy.config.n_action_steps, progress=show
     )
-    print(json.dumps({**summary(found), "rows": [asdict(e) for e in found]}))
+    sys.stdout.write(json.dumps(summary(found)))
 
 
 if __name__ == "__main__":
