@@ -6,7 +6,6 @@ metadata lie behind what is counted, where no reader looks. So a kill at any mom
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
 from collections.abc import Callable, Mapping
@@ -40,8 +39,8 @@ NpArray = np.ndarray[Any, Any]
 
 PACK_BYTES = 8 << 20
 """Data files grow, by being written again with the next episode, until they are this large."""
-PACK_EPISODES = 256
-"""Episodes per file of meta/episodes."""
+PACK_EPISODES = 64
+"""Episodes per file of meta/episodes, which is written again with each: some hundred columns of statistics."""
 
 
 class Writer:
@@ -122,6 +121,8 @@ class Writer:
         return self
 
     def _open(self, root: Path, features: dict[str, Feature], fps: int, png_level: int) -> None:
+        import fcntl  # POSIX; reading works without
+
         self.path, self.features, self.fps = root, features, fps
         self._png_level = png_level
         self._lock = os.open(root, os.O_RDONLY)
