@@ -400,6 +400,16 @@ def bench_command(
     form: Annotated[
         str, typer.Option("--output", "-o", metavar="md|json|csv|jsonl", help="Form of the report.")
     ] = "md",
+    peers: Annotated[
+        Path | None,
+        typer.Option(metavar="CKPT", help="Beside LeRobot on this checkpoint, and other engines that are set up."),
+    ] = None,
+    beside: Annotated[
+        list[Path] | None, typer.Option(metavar="ARTIFACT", help="With --peers: another of ours; repeatable.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="With --peers: latency, drift and size as a picture.")
+    ] = None,
     save: Save = None,
     json_output: Json = False,
     quiet: Quiet = False,
@@ -407,7 +417,15 @@ def bench_command(
     """Measure an artifact on this machine.
 
     In a fresh process: cold load, first inference, steady state, memory, and what the board tells meanwhile.
+    With --peers: interleaved with LeRobot in float32, bfloat16 and compiled, on the same inputs and noise, with drift.
     """
+    if peers is not None:
+        if form not in ("md", "json"):
+            raise InputError(f"-o {form!r} together with --peers: there are md, json")
+        _beside_peers([Path(path), *(beside or ())], peers, engine, threads, runs, plot, save, form, json_output, quiet)
+        return
+    if beside or plot:
+        raise InputError("--beside and --plot go with --peers", remedy="name LeRobot's checkpoint with --peers")
     from vlac import progress
     from vlac.adopt import runnable
     from vlac.bench import bench
@@ -422,6 +440,33 @@ def bench_command(
         report = bench(artifact, engine=engine, threads=threads, runs=runs, progress=show)
     finish(report, save)
     typer.echo(bench_text(report, form))
+
+
+def _beside_peers(
+    paths: list[Path],
+    checkpoint: Path,
+    engine: str | None,
+    threads: int | None,
+    runs: int | None,
+    plot: Path | None,
+    save: Path | None,
+    form: str,
+    json_output: bool,
+    quiet: bool,
+) -> None:
+    from vlac import progress
+    from vlac.peers.compare import compare, ours
+    from vlac.peers.figures import save_plot, table
+    from vlac.tables import as_json
+
+    machine_readable = json_output or form == "json"
+    mine = [ours(p, (engine or "") if i == 0 else "") for i, p in enumerate(paths)]
+    with progress.progress(machine_readable or quiet) as show:
+        report = compare(mine, checkpoint.resolve(), rounds=runs or 5, threads=threads, progress=show)
+    finish(report, save)
+    if plot is not None:
+        save_plot(report["rows"], f"{paths[0].name} on {report['machine']['cpu']}", plot)
+    typer.echo(as_json(report) if machine_readable else table(report["rows"]))
 
 
 @app.command("eval")
