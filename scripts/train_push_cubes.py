@@ -197,12 +197,12 @@ def learn(training: Training, stats: Stats, until: float) -> int:
             recent = []
             bar.set_postfix(read=f"{read:.4f}", loss=f"{loss:.4f}")
         if time.monotonic() - kept > 180:
-            training.keep()
             training.save_average(stats, args.out / "policy")
+            training.keep()
             kept = time.monotonic()
     bar.close()
+    training.save_average(stats, args.out / "policy")  # first: what is kept counts on it
     training.keep()
-    training.save_average(stats, args.out / "policy")
     return len(demonstrations)
 
 
