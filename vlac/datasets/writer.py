@@ -38,9 +38,9 @@ from vlac.errors import DatasetError, InputError
 NpArray = np.ndarray[Any, Any]
 
 PACK_BYTES = 8 << 20
-"""Data files grow, by being written again with the next episode, until they are this large."""
+"""A data file grows, by being written again with the next episode, until it is this large."""
 PACK_EPISODES = 64
-"""Episodes per file of meta/episodes, which is written again with each: some hundred columns of statistics."""
+"""Episodes per file at most: it is written again with each of them."""
 
 
 class Writer:
@@ -231,7 +231,7 @@ class Writer:
         if self._last and path.stat().st_size < PACK_BYTES:
             with refusals(path, "it cannot be read to add to it"):
                 before = pq.ParquetFile(path)
-                if not before.schema_arrow.equals(table.schema):
+                if before.num_row_groups >= PACK_EPISODES or not before.schema_arrow.equals(table.schema):
                     before = None
         if before is None and self._last:
             chunk, file = self._next(chunk, file)
