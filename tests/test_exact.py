@@ -22,6 +22,8 @@ from vlac.errors import InputError
 from vlac.graph import Call, Param, Program, Schedule, StageBuilder, Symbol, check, parse
 from vlac.lower import REWRITES, lower
 from vlac.registry import ReadOptions
+from vlac.removals import removals
+from vlac.removals import text as removals_text
 from vlac.rewrites.rates import split_by_rate
 from vlac.rewrites.suffix import free_suffix
 from vlac.runtime.session import Session
@@ -175,6 +177,22 @@ def test_words_that_do_not_see_the_state_are_kept() -> None:
 @pytest.mark.parametrize("program", [sequence(0), sequence(1, tail=False), sequence(-1)], ids=["seen", "1st", "below"])
 def test_a_sequence_that_sees_the_state_stays_whole(program: Program) -> None:
     assert split_by_rate(program) == program
+
+
+def test_the_log_tells_what_every_rewrite_saved() -> None:
+    drawn, program = programs("smolvla_tiny")
+    log = removals(drawn)
+    saved = {
+        row["rewrite"]: sum(a - b for s in row["stages"].values() for a, b in [s["gmac"]]) for row in log["rewrites"]
+    }
+    assert all(saved[name] > 0 for name in ("prune", "tabulate_steps", "hoist_invariants", "split_by_rate"))
+    total = sum(w.macs for w in work(drawn, {}).values()) - sum(w.macs for w in work(program).values())
+    assert sum(saved.values()) == pytest.approx(total / 1e9)
+    assert log["again"]["inputs"]["state"]["stages"] == ["prefix_state", "flow"]
+    assert list(log["sizes"]["N"].values()) == sorted(log["sizes"]["N"].values())
+    text = removals_text(log)
+    assert all(line.startswith("#") for line in text.splitlines()) and "new state: prefix_state, flow" in text
+    assert parse(str(program) + text) == program
 
 
 # --- chunks of n actions -----------------------------------------------------------------------------------------

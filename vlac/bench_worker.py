@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+FEW = 10
+"""Actions in the row "ten_actions"."""
+
 
 def peak_rss() -> tuple[int, str]:
     """Peak resident bytes of this process image, and where the figure is from.
@@ -64,7 +67,7 @@ def measure(request: dict[str, Any], entered: float) -> dict[str, Any]:
         if len(runs) >= request["least"] and time.perf_counter() - begun > request["budget_s"]:
             break
         runs.append(turn(2 + len(runs)))
-    reuse = _reused(inputs[0], act, rng, min(len(runs), request["least"]))
+    reuse = _reused(inputs[0], act, rng, min(len(runs), request["least"]), session.hparams.chunk_size)
     peak, source = peak_rss()
     result = {
         "info": {k: v for k, v in session.info.items() if isinstance(v, (str, int, float, bool, list))},
@@ -104,9 +107,10 @@ def _inputs(path: str) -> list[dict[str, Any]]:
 
 
 def _reused(
-    given: dict[str, Any], act: Callable[[dict[str, Any]], dict[str, float]], rng: Any, count: int
+    given: dict[str, Any], act: Callable[[dict[str, Any]], dict[str, float]], rng: Any, count: int, chunk_size: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of chunks for which only one of several cameras is new, and only state and noise."""
+    """Milliseconds of chunks for which only one of several cameras is new, only state and noise, and of which, all new,
+    only the first FEW actions are asked for."""
 
     def afresh() -> dict[str, Any]:
         state, noise = given.get("state"), given.get("noise")
@@ -128,6 +132,11 @@ def _reused(
             result["one_camera_new"].append(act({**given, "images": images, **afresh()})["chunk_ms"])
     if afresh():
         result["state_new"] = [act({**given, "images": images, **afresh()})["chunk_ms"] for _ in range(count)]
+    if chunk_size > FEW:
+        result["ten_actions"] = []
+        for i in range(count):
+            images = {k: _touched(v, i, rng) for k, v in images.items()}
+            result["ten_actions"].append(act({**given, "images": images, **afresh(), "n_actions": FEW})["chunk_ms"])
     return result
 
 

@@ -79,7 +79,7 @@ def program_text(
     path: str | Path, *, after: str | None = None, options: ReadOptions | None = None, progress: Progress = silent
 ) -> str:
     """The program as text: of an artifact as it is stored; of a checkpoint as its family draws it, or lowered up to and
-    including the rewrite `after`. Above it, as comments, what each rewrite took away."""
+    including the rewrite `after`. Below the whole, as comments, what each rewrite takes away."""
     from vlac import removals
 
     if is_artifact(path):
@@ -90,14 +90,15 @@ def program_text(
             )
         artifact = open_artifact(path)
         log = artifact.manifest.get("lowering")
-        return (removals.text(log) if isinstance(log, dict) else "") + str(artifact.program)
+        return str(artifact.program) + (removals.text(log) if isinstance(log, dict) else "")
     from vlac.api import draw
     from vlac.lower import lower_until
 
     progress("drawing the program", 0, 0)
     program = draw(_read(path, options))
-    log = removals.text(removals.removals(program, after))
-    return log + str(program if after is None else lower_until(program, after))
+    if after is not None:
+        return str(lower_until(program, after))
+    return str(program) + removals.text(removals.removals(program))
 
 
 # --- checkpoint ------------------------------------------------------------------------------------------------

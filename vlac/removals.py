@@ -1,4 +1,4 @@
-"""What lowering takes away from a program and what it saves: the log that `vlac inspect --program` shows above it.
+"""What lowering takes away from a program and what it saves: the log that `vlac inspect --program` shows below it.
 
 Counted, not measured: nodes, and multiply-accumulates for one chunk at the largest sizes (vlac.work).
 """
@@ -15,8 +15,8 @@ from vlac.work import Work, work
 Row = Mapping[str, Any]
 
 
-def removals(program: Program, until: str | None = None) -> dict[str, Any]:
-    """The log of lowering a program as its family draws it (up to the rewrite `until`), as JSON values.
+def removals(program: Program) -> dict[str, Any]:
+    """The log of lowering a program as its family draws it, as JSON values.
 
     rewrites: name, what it does, and for each stage that it changed {"nodes": [before, after], "gmac": [..]}.
     sizes: GMAC of a chunk at every size of each symbol, the others at their largest.
@@ -33,8 +33,6 @@ def removals(program: Program, until: str | None = None) -> dict[str, Any]:
         if kept:
             rows.append({"rewrite": rewrite.name, "what": what, "stages": kept})
         before = after
-        if rewrite.name == until:
-            break
     return {"rewrites": rows, "sizes": sizes(program), "again": again(program)}
 
 

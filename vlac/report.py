@@ -191,7 +191,7 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-_REUSE = {"one_camera_new": "one camera new", "state_new": "only the state new"}
+_REUSE = {"one_camera_new": "one camera new", "state_new": "only the state new", "ten_actions": "ten actions"}
 
 
 def _reuse_line(r: Report) -> list[str]:
