@@ -38,7 +38,7 @@ FAMILIES = {
     "openvla": Row(
         ("openvla_tiny", "openvla_oft_tiny"),
         ("prismatic", "prismatic_images", "prismatic_weights"),
-        ("blocks_timm",),
+        ("blocks_timm", "blocks_heads"),
     ),
     "groot": Row(
         ("groot_n17_tiny",), ("gr00t", "gr00t_lerobot", "gr00t_processor", "gr00t_weights"), ("blocks_groot",)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from vlac import blocks, blocks_decode, blocks_timm
+from vlac import blocks, blocks_decode, blocks_heads, blocks_timm
 from vlac.blocks import Shapes, linear
 from vlac.blocks_decode import BinsSpec
 from vlac.blocks_timm import TowerSpec, linear_shapes
@@ -74,17 +74,11 @@ def shapes(spec: OpenVLASpec) -> Shapes:
         result |= blocks.decoder_layer_shapes(spec.text, f"text.layers.{i}")
     result["text.norm.weight"] = (d,)
     if spec.proprio_dim:
-        result |= linear_shapes("state_proj.fc1", d, spec.proprio_dim) | linear_shapes("state_proj.fc2", d, d)
+        result |= blocks_heads.state_token_shapes(spec.proprio_dim, d)
     if spec.head_blocks < 0:
         result["text.lm_head.weight"] = (spec.bins.count if spec.bins.restricted else spec.text.vocab_size, d)
         return result
-    read = spec.action_dim * d
-    result |= {"head.norm1.weight": (read,), "head.norm1.bias": (read,)} | linear_shapes("head.fc1", d, read)
-    for i in range(spec.head_blocks):
-        result |= {f"head.blocks.{i}.norm.weight": (d,), f"head.blocks.{i}.norm.bias": (d,)}
-        result |= linear_shapes(f"head.blocks.{i}.fc", d, d)
-    result |= {"head.norm2.weight": (d,), "head.norm2.bias": (d,)}
-    return result | linear_shapes("head.fc2", spec.action_dim, d)
+    return result | blocks_heads.l1_head_shapes(spec.action_dim, d, spec.head_blocks)
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------
@@ -179,7 +173,7 @@ def _policy(spec: OpenVLASpec) -> Stage:
     """
     b = StageBuilder("policy")
     d, count, actions = spec.text.hidden_size, symbol("T"), spec.chunk_size * spec.action_dim
-    more = (_proprio(b, spec),) if spec.proprio_dim else ()
+    more = (blocks_heads.state_token(b, spec.proprio_dim),) if spec.proprio_dim else ()
     tokens, valid, prompt, front = _prompt(b, spec, more)
     token, _ = blocks_decode.last_token(b, tokens, valid)
     last = b.op("embed", token, "@text.embed_tokens.weight")
@@ -197,28 +191,9 @@ def _policy(spec: OpenVLASpec) -> Stage:
     if spec.head_blocks < 0:
         b.output(blocks_decode.choose(b, x, actions, spec.text, spec.bins, "action_tokens"))
     else:
-        b.output(_l1_head(b, x, spec))
+        x = blocks.rms_norm(b, x, spec.text, "text.norm")
+        b.output(blocks_heads.l1_head(b, x, spec.chunk_size, spec.action_dim, d, spec.head_blocks))
     return b.build()
-
-
-def _proprio(b: StageBuilder, spec: OpenVLASpec) -> str:
-    state = linear(b, b.input("state", "f32", 1, spec.proprio_dim), "state_proj.fc1", bias=True)
-    return linear(b, b.op("gelu", state, approximate="none"), "state_proj.fc2", bias=True)
-
-
-def _l1_head(b: StageBuilder, x: str, spec: OpenVLASpec) -> str:
-    """[chunk * action_dim, width] -> `actions` [chunk, action_dim]: a residual MLP on one step's rows side by side."""
-
-    def norm(x: str, name: str) -> str:
-        return b.op("layer_norm", x, f"@{name}.weight", f"@{name}.bias", eps=1e-5)
-
-    x = blocks.rms_norm(b, x, spec.text, "text.norm")
-    x = b.op("reshape", x, shape=(spec.chunk_size, spec.action_dim * spec.text.hidden_size))
-    x = b.op("relu", linear(b, norm(x, "head.norm1"), "head.fc1", bias=True))
-    for i in range(spec.head_blocks):
-        name = f"head.blocks.{i}"
-        x = b.op("add", x, b.op("relu", linear(b, norm(x, f"{name}.norm"), f"{name}.fc", bias=True)))
-    return linear(b, norm(x, "head.norm2"), "head.fc2", bias=True, as_="actions")
 
 
 FAMILY = families.add(

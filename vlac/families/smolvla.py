@@ -214,12 +214,5 @@ def from_lerobot(checkpoint: LeRobotCheckpoint) -> Policy:
 
 
 FAMILY = families.add(
-    Family(
-        "smolvla",
-        build,
-        from_lerobot,
-        doc="SmolVLM2 with a flow-matching action expert",
-        title="SmolVLA",
-        spec=SmolVLASpec,
-    )
+    Family("smolvla", build, from_lerobot, "SmolVLM2 with a flow-matching action expert", "SmolVLA", SmolVLASpec)
 )
