@@ -54,6 +54,7 @@ def test_wheel_holds_the_package_once(dist: Path) -> None:
         shipped = "vlac/" if folder == "vlac" else f"vlac/{folder}/"
         expected = {shipped + str(p.relative_to(ROOT / folder)) for p in (ROOT / folder).rglob("*.py")}
         assert expected <= found
+    assert {"vlac/templates/report.html.j2", "vlac/zoo/push_cubes/model.safetensors"} <= found
     assert "vlac/py.typed" in found and any(f.endswith("licenses/LICENSE") for f in found)
     assert "optimum/__init__.py" not in found and "optimum/commands/__init__.py" not in found
 
