@@ -27,6 +27,8 @@ NpArray = np.ndarray[Any, Any]
 
 FORMAT_VERSION = 1
 FOLDER_FILES = ("manifest.json", "program.txt", "io.json")
+PREPARED, STAMP = "prepared", "stamp.json"
+"""In an artifact's folder: what `vlac prepare` made for this machine, PREPARED/ENGINE, and which files those are."""
 
 
 @dataclass(frozen=True)

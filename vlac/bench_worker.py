@@ -44,7 +44,7 @@ def measure(request: dict[str, Any], entered: float) -> dict[str, Any]:
     before, _ = peak_rss()
     session = load(request["path"], engine=request["engine"], threads=request["threads"])
     loaded = time.perf_counter()
-    inputs = _inputs(request["path"])
+    inputs = inputs_of(request["path"])
     rng = np.random.Generator(np.random.PCG64(0))
 
     def act(given: dict[str, Any]) -> dict[str, float]:
@@ -86,7 +86,8 @@ def measure(request: dict[str, Any], entered: float) -> dict[str, Any]:
     return result
 
 
-def _inputs(path: str) -> list[dict[str, Any]]:
+def inputs_of(path: str) -> list[dict[str, Any]]:
+    """Arguments of `act` for an artifact's golden observations, or for seeded ones."""
     from vlac.artifact import open_artifact
     from vlac.goldens import synthetic
     from vlac.runtime.inputs import samples

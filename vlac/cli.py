@@ -387,6 +387,28 @@ def parity_command(
         raise typer.Exit(1)
 
 
+@app.command("prepare")
+@guarded
+def prepare_command(
+    path: Annotated[str, typer.Argument(metavar="out/", help="An artifact of an onnx or openvino target.")],
+    engine: Engine = None,
+    threads: Threads = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prepare an artifact for this machine: faster to load, less private memory.
+
+    Keeps beside it what the engine makes of its weights; made again when the engine or the CPU changes.
+    """
+    from vlac import progress
+    from vlac.prepare import prepare, text
+    from vlac.tables import as_json
+
+    with progress.progress(json_output or quiet) as show:
+        report = prepare(path, engine, threads, progress=show)
+    typer.echo(as_json(report) if json_output else text(report))
+
+
 @app.command("bench")
 @guarded
 def bench_command(

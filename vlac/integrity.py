@@ -8,12 +8,13 @@ before the answer is known. Files are read, not mapped: nothing stays resident.
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlac.artifact import Artifact
+from vlac.artifact import PREPARED, STAMP, Artifact
 from vlac.errors import ArtifactError
 
 BLOCK = 1 << 20
@@ -31,7 +32,7 @@ def verify(artifact: Artifact, stop: threading.Event | None = None) -> None:
         if not right:
             raise ArtifactError(
                 f"{what} does not match its checksum: the file is damaged or was changed",
-                remedy="copy the artifact again, or compile again",
+                remedy="copy the artifact again, compile again, or prepare again what lies in its folder prepared",
             )
 
 
@@ -59,13 +60,18 @@ def _gguf(artifact: Artifact) -> Iterator[tuple[str, bool]]:
 
 def _folder(artifact: Artifact) -> Iterator[tuple[str, bool]]:
     for name, listed in artifact.manifest.get("files", {}).items():
-        if "sha256" not in listed:
-            continue
-        path = artifact.file(name)
-        digest = hashlib.sha256()
-        for block in _blocks(path, 0, path.stat().st_size):
-            digest.update(block)
-        yield str(path), listed["sha256"] == digest.hexdigest()
+        if "sha256" in listed:
+            yield _same(artifact.file(name), listed["sha256"])
+    for stamp in sorted((artifact.path / PREPARED).glob(f"*/{STAMP}")):
+        for name, listed in json.loads(stamp.read_text(encoding="utf-8"))["files"].items():
+            yield _same(stamp.with_name(name), listed["sha256"])
+
+
+def _same(path: Path, digest: str) -> tuple[str, bool]:
+    found = hashlib.sha256()
+    for block in _blocks(path, 0, path.stat().st_size):
+        found.update(block)
+    return str(path), digest == found.hexdigest()
 
 
 class Verification:

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
+from vlac.artifact import PREPARED
 from vlac.errors import VlacError
 
 _MARK = ".vlac-partial-"
@@ -61,7 +62,7 @@ def _ours(out: Path, path: Path) -> bool:
     with suppress(json.JSONDecodeError, UnicodeDecodeError, AttributeError, RecursionError):
         data = json.loads(manifest.read_text(encoding="utf-8"))
         if isinstance(data, dict) and "format_version" in data:
-            return name == "manifest.json" or name in data.get("files", {})
+            return name == "manifest.json" or name in data.get("files", {}) or name.startswith(f"{PREPARED}/")
     return False
 
 

@@ -2,7 +2,8 @@
 
 Options: "provider" (default CPUExecutionProvider), "spinning" (threads wait busily: for a machine with nothing else),
 "int8" ("integer": activations of linears and long attention are quantised; "linears": attention stays float; "float":
-weights are widened when loading; default: see `int8_kernels`).
+weights are widened when loading; default: see `int8_kernels`), "prepared" (False: as if `vlac prepare` had never been
+run).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from vlac.artifact import Artifact
 from vlac.engines.base import Engine, EngineSession, NpArray, Values
 from vlac.engines.onnx_files import SINGLE, default_threads, graph_files, integer_formats
+from vlac.engines.prepared import Prepared
 from vlac.errors import EngineError
 from vlac.graph import Program, infer_stage
 
@@ -37,6 +39,7 @@ class OnnxRuntimeSession(EngineSession):
     def __init__(self, artifact: Artifact, threads: int | None, options: Mapping[str, Any]) -> None:
         import onnxruntime
 
+        onnxruntime.disable_telemetry_events()
         provider = str(options.get("provider", CPU))
         if provider not in onnxruntime.get_available_providers():
             raise EngineError(
@@ -58,6 +61,19 @@ class OnnxRuntimeSession(EngineSession):
         # MatMul + Add would become Gemm, which dequantised weights are not fused with: widened at every run
         disabled = ["MatMulAddFusion"] if integer_formats(artifact) and not widen else []
         providers = [provider] if provider == CPU else [provider, CPU]
+        prepared = Prepared(artifact, self.engine, onnxruntime=onnxruntime.__version__, provider=provider, int8=int8)
+
+        def pack(folder: Path) -> None:
+            for stage, path in files.items():
+                saving = _settings(onnxruntime, count, widen, False, packed[stage])
+                _save_packed(saving, folder / f"{stage}.onnx")
+                _open(onnxruntime, path, saving, providers, disabled)
+
+        if options.get("prepare"):
+            prepared.make(pack)
+        use = prepared.usable(pack) if options.get("prepared", True) else False
+        if use:
+            files = {stage: prepared.folder / f"{stage}.onnx" for stage in files}
         self._sessions = {k: _open(onnxruntime, p, settings[k], providers, disabled) for k, p in files.items()}
         self._inputs = {k: [i.name for i in s.get_inputs()] for k, s in self._sessions.items()}
         self._outputs = {k: [o.name for o in s.get_outputs()] for k, s in self._sessions.items()}
@@ -66,6 +82,7 @@ class OnnxRuntimeSession(EngineSession):
             "onnxruntime": onnxruntime.__version__,
             "provider": provider,
             "threads": count,
+            "prepared": use,
             **({"int8": int8} if two_forms else {}),
         }
 
@@ -120,6 +137,17 @@ def _settings(onnxruntime: Any, threads: int, widen: bool, spinning: bool, packe
     if widen:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
+
+
+def _save_packed(options: Any, path: Path) -> None:
+    """Has the session write its optimised graph and the weights as its kernels want them, to be mapped, not copied."""
+    options.optimized_model_filepath = str(path)
+    for key, value in (
+        ("session.optimized_model_external_initializers_file_name", f"{path.name}.data"),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", "1024"),
+        ("session.save_external_prepacked_constant_initializers", "1"),
+    ):
+        options.add_session_config_entry(key, value)
 
 
 def int8_kernels() -> str:

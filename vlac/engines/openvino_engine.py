@@ -1,6 +1,7 @@
 """OpenVINO on the same ONNX artifacts; for int8 on the weight-only graphs, with dynamic quantisation of activations.
 
-Options: "precision" ("f32" or "bf16", of every stage), "device" (default "CPU").
+Options: "precision" ("f32" or "bf16", of every stage), "device" (default "CPU"), "prepared" (False: as if
+`vlac prepare` had never been run).
 Default precision: f32; bf16 where the CPU has it in artifacts whose weights are rounded coarser than that (int8, int4:
 three times bf16's own error) or are bf16 themselves. What crosses between stages, and the flow state, is float32.
 """
@@ -16,6 +17,7 @@ import numpy as np
 from vlac.artifact import Artifact
 from vlac.engines.base import Engine, EngineSession, NpArray, Values
 from vlac.engines.onnx_files import SINGLE, default_threads, graph_files, integer_formats
+from vlac.engines.prepared import Prepared
 from vlac.errors import EngineError
 from vlac.formats import FORMATS
 from vlac.graph import Program, Stage, infer_stage
@@ -40,8 +42,7 @@ class OpenVinoSession(EngineSession):
     engine = "openvino"
 
     def __init__(self, artifact: Artifact, threads: int | None, options: Mapping[str, Any]) -> None:
-        import openvino
-
+        openvino = _without_telemetry()
         files = graph_files(artifact, self.engine, "portable")
         self._core = openvino.Core()
         self._path = artifact.path
@@ -55,16 +56,31 @@ class OpenVinoSession(EngineSession):
         self._inputs: dict[str, dict[str, int]] = {}
         self._outputs: dict[str, tuple[str, ...]] = {}
         program = artifact.program
+        version = openvino.__version__
+        prepared = Prepared(artifact, self.engine, openvino=version, device=device)
+
+        def cache(folder: Path) -> None:
+            for stage, path in files.items():
+                if cached := _cached(program, stage, folder):
+                    properties = _properties(device, count, precisions[stage]) | _groups(program, stage, device)
+                    properties |= _snippets(program, stage, device) | cached
+                    self._core.compile_model(str(path), device, properties)
+
+        if options.get("prepare"):
+            prepared.make(cache)
+        use = prepared.usable(cache) if options.get("prepared", True) else False
         for stage, path in files.items():
             properties = _properties(device, count, precisions[stage])
             properties |= _groups(program, stage, device)
             properties |= _snippets(program, stage, device)
+            properties |= _cached(program, stage, prepared.folder) if use else {}
             inputs = None if self._single else [n for n, _ in program.stage(stage).inputs]
             self._outputs[stage] = (program.schedule.result,) if self._single else program.stage(stage).outputs
             self._open(stage, path, device, properties, inputs)
         self.info = {
             "engine": self.engine,
-            "openvino": openvino.__version__,
+            "openvino": version,
+            "prepared": use,
             "device": str(self._core.get_property(device, "FULL_DEVICE_NAME")),
             "precision": precisions,
             "threads": count,
@@ -123,6 +139,29 @@ class OpenVinoSession(EngineSession):
 
     def close(self) -> None:
         self._requests.clear()
+
+
+def _without_telemetry() -> Any:
+    """The package openvino; its converter, imported with it, would load a module that reports to its makers."""
+    import sys
+
+    hidden = sys.modules.get("openvino_telemetry", ...)
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    finally:
+        del sys.modules["openvino_telemetry"]
+        if hidden is not ...:
+            sys.modules["openvino_telemetry"] = hidden
+    return openvino
+
+
+def _cached(program: Program, stage: str, folder: Path) -> dict[str, str]:
+    """Where OpenVINO keeps the compiled model; not with rotary embeddings, which OpenVINO 2026.4 reads back wrongly:
+    keys of 1e18, or subtly wrong ones."""
+    stages = program.stages if stage == SINGLE else (program.stage(stage),)
+    wrong = any(n.op == "rope" for s in stages for n in s.nodes)
+    return {} if wrong else {"CACHE_DIR": str(folder), "CACHE_MODE": "OPTIMIZE_SPEED"}
 
 
 def _properties(device: str, threads: int, precision: str) -> dict[str, Any]:
