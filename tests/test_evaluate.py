@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
@@ -442,6 +443,26 @@ def test_the_documented_adapters_drive_their_environments(env: str, file: str, c
     assert (episode.steps, episode.success, len(seen)) == (12, False, 3)
     assert seen[0]["images"][camera].dtype == np.uint8 and seen[0]["images"][camera].std() > 5
     assert seen[0]["state"].shape == (dims,)
+
+
+LEROBOT = ROOT / ".venv-lerobot" / "bin" / "python"
+
+
+@needs_sim
+@needs_policy
+@pytest.mark.slow
+@pytest.mark.lerobot
+@pytest.mark.skipif(not LEROBOT.exists(), reason="no .venv-lerobot; scripts/peers/lerobot.sh sets it up")
+def test_lerobot_itself_walks_the_same_way() -> None:
+    """LeRobot's loading, processors and sampling against the fp32 reference: three whole episodes, same noise."""
+    script = ROOT / "benchmarks" / "push_cubes_lerobot.py"
+    command = [LEROBOT, script, ZOO, "60000", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs, ours = json.loads(done.stdout)["rows"], evaluate("push-cubes", PUSH_CUBES, episodes=3, seed=60_000)["rows"]
+    for a, b in zip(theirs, ours, strict=True):
+        assert (a["seed"], a["success"], a["steps"], a["task"]) == (b["seed"], b["success"], b["steps"], b["task"])
+        assert a["jerk"] == pytest.approx(b["jerk"], rel=1e-3)
 
 
 @needs_sim

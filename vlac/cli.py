@@ -140,8 +140,18 @@ def finish(report: Mapping[str, Any], save: Path | None) -> None:
     if save is not None:
         from vlac.tables import as_json
 
-        save.parent.mkdir(parents=True, exist_ok=True)
-        save.write_text(as_json(report) + "\n", encoding="utf-8")
+        write_whole(save, as_json(report) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file beside `path` and renames it, so that an interrupt leaves the earlier one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _version(value: bool) -> None:
@@ -635,8 +645,7 @@ def report_command(
         entries = collect(paths, results or (), loop=loop, timed=not no_bench, progress=show)
     made = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
     page = render(entries, made, "vlac " + shlex.join(sys.argv[1:]))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write_whole(out, page)
     if json_output:
         typer.echo(as_json({"path": str(out), "artifacts": [vars(e) for e in entries]}))
     else:
