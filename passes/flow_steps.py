@@ -3,10 +3,9 @@
 The velocity network is unchanged and is called at other times: fewer evaluations are proportionally faster in the flow
 stage and follow the learned flow more coarsely. Solvers: "euler"; "midpoint" (two evaluations a step); "ab2", the
 two-step Adams-Bashforth rule with a first Euler step, x += h ((1 + r/2) v_k - r/2 v_(k-1)), r the ratio of steps;
-"fitted": Euler's path, but the chunk is the combination of the noise and all velocities that comes closest (least
-squares, shared by all joints) to what the policy's own sampler makes of observations: N+1 numbers, in the spirit of
-bespoke solvers (Shaul et al. 2023, arXiv 2310.19075). The measure of all is the shipped sampler's chunk, not the exact
-solution of the flow.
+"fitted": a grid and three numbers for every step that follow the shipped sampler most closely on observations
+(passes/_flow_fit.py), in the spirit of bespoke solvers (Shaul et al. 2023, arXiv 2310.19075). The measure of all is the
+shipped sampler's chunk, not the exact solution of the flow.
 """
 
 from __future__ import annotations
@@ -17,25 +16,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from vlac import calibrate
 from vlac.errors import Inapplicable
-from vlac.graph import Repeat
-from vlac.ops import NpArray
+from vlac.passes._flow_fit import FINE, Row, ab2, fit
 from vlac.policy import Policy
 from vlac.registry import Pass, passes
 from vlac.spec import FlowSpec
 
 SOLVERS = ("euler", "midpoint", "ab2", "fitted")
 GRIDS = ("uniform", "cosine")
+AUTO = "auto"
 REFUSED = {
     "heun": "its last evaluation is at t = 0, where the velocity is badly conditioned",
     "rk4": "its last evaluation is at t = 0, where the velocity is badly conditioned",
     "distilled": "it needs training",
 }
-
-Row = tuple[float, float, float, float, float, float]
 
 
 def grid_times(grid: str, steps: int) -> tuple[float, ...]:
@@ -75,7 +70,18 @@ def _requires(policy: Policy, steps: int, solver: str, grid: str, samples: int, 
         raise Inapplicable(f"steps={steps}: midpoint takes two evaluations a step, so an even number")
     if solver == "fitted" and policy.flow.solver == "fitted":
         raise Inapplicable("the sampler is already a fit; fit to the shipped one", remedy="apply flow-steps once")
-    grid_times(grid, _step_count(solver, steps))
+    if solver == "fitted" and samples < 2:
+        raise Inapplicable(f"samples={samples}: a fit is judged on observations held out, at least 2 are needed")
+    if solver == "fitted" and steps > FINE // 2:
+        raise Inapplicable(f"steps={steps}: a fit takes 1 to {FINE // 2}", remedy="solver=ab2")
+    if grid != AUTO:
+        grid_times(grid, _step_count(solver, steps))
+    if (
+        grid != AUTO
+        and solver == "fitted"
+        and any(abs(FINE * t - round(FINE * t)) > 1e-9 for t in grid_times(grid, steps))
+    ):
+        raise Inapplicable(f"grid={grid}: a fit takes multiples of 1/{FINE}", remedy="leave grid out: it is searched")
 
 
 # --- solvers as recurrences (vlac.spec.FlowSpec) -----------------------------------------------------------------
@@ -86,7 +92,7 @@ def sampler(old: FlowSpec, times: tuple[float, ...], solver: str) -> FlowSpec:
     dts = tuple(b - a for a, b in zip(times, (*times[1:], 0.0), strict=True))
     euler = dataclasses.replace(old, times=times, dts=dts, solver="euler", recurrence=())
     if solver == "ab2":
-        return dataclasses.replace(euler, solver="ab2", recurrence=tuple(_ab2(dts)))
+        return dataclasses.replace(euler, solver="ab2", recurrence=tuple(ab2(times)))
     if solver == "midpoint":
         rows: list[Row] = []
         all_times: list[float] = []
@@ -98,53 +104,6 @@ def sampler(old: FlowSpec, times: tuple[float, ...], solver: str) -> FlowSpec:
     return euler
 
 
-def _ab2(dts: tuple[float, ...]) -> list[Row]:
-    """The memory is the velocity before; at the first step it is noise, with weight 0."""
-    rows: list[Row] = [(1.0, 0.0, dts[0], 0.0, 0.0, 1.0)]
-    for before, h in itertools.pairwise(dts):
-        r = h / before
-        rows.append((1.0, -h * r / 2, h * (1 + r / 2), 0.0, 0.0, 1.0))
-    return rows
-
-
-def combined(euler: FlowSpec, weights: NpArray) -> FlowSpec:
-    """Euler's path with the chunk weights[0] * noise + sum weights[1 + k] * v_k; the memory adds it up."""
-    n = len(euler.times)
-    rows: list[Row] = []
-    for k in range(n):
-        keep, add = (float(weights[0]) if k == 0 else 1.0), float(weights[1 + k])
-        path = (0.0, keep, add) if k == n - 1 else (1.0, 0.0, euler.dts[k])
-        rows.append((*path, 0.0, keep, add))
-    return dataclasses.replace(euler, solver="fitted", recurrence=tuple(rows))
-
-
-def fit(policy: Policy, euler: FlowSpec, samples: int, path: str) -> tuple[FlowSpec, Mapping[str, Any]]:
-    """The fitted sampler, and its error on the quarter of the observations that was held out, beside plain Euler's."""
-    given = calibrate.observations(policy, samples, path)
-    target = calibrate.watch(policy, given, {}, lambda *_: None)
-    short = policy.replace(flow=euler)
-    program = calibrate.draw(short)
-    (step,) = [s for s in program.schedule.steps if isinstance(s, Repeat)]
-    velocity = next((n.name for n in program.stage(step.stage).nodes if n.name == "velocity"), "")
-    if not velocity:
-        raise Inapplicable(f"{policy.family} names no velocity in its flow stage", remedy="another solver")
-    seen: list[list[NpArray]] = [[] for _ in given]
-    coarse = calibrate.watch(
-        short, given, {step.stage: [velocity]}, lambda i, _, v: seen[i].append(v[velocity].astype(np.float64))
-    )
-    features = [np.stack([g.noise, *v], axis=-1).reshape(-1, 1 + len(v)) for g, v in zip(given, seen, strict=True)]
-    judges = max(1, len(given) // 4)
-    x, y = np.concatenate(features[:-judges]), np.concatenate([t.ravel() for t in target[:-judges]])
-    weights = np.linalg.lstsq(x, y, rcond=None)[0]
-    held = [f @ weights for f in features[-judges:]]
-    figures = {
-        "held_out_observations": judges,
-        "held_out_drift_euler": round(calibrate.drift(coarse[-judges:], target[-judges:]), 6),
-        "held_out_drift_fitted": round(calibrate.drift(held, target[-judges:]), 6),
-    }
-    return combined(euler, weights), figures
-
-
 # --- the pass --------------------------------------------------------------------------------------------------
 
 
@@ -153,16 +112,15 @@ def _apply(
 ) -> tuple[Policy, Mapping[str, Any]]:
     assert policy.flow is not None
     figures: dict[str, Any] = {"steps_before": len(policy.flow.times), "steps_after": steps}
-    times = grid_times(grid, _step_count(solver, steps))
-    if grid == "uniform" and solver == "euler":
+    if solver == "fitted":
+        times = None if grid == AUTO else tuple(round(t, 12) for t in grid_times(grid, steps))
+        flow, fitted = fit(policy, steps, times, calibrate.observations(policy, samples, observations))
+        return policy.replace(flow=flow), {**figures, **fitted}
+    if grid in (AUTO, "uniform") and solver == "euler":
         flow = FlowSpec.euler(steps, policy.flow.min_period, policy.flow.max_period)
     else:
-        flow = sampler(policy.flow, times, solver)
-    if solver == "fitted":
-        if samples < 2:
-            raise Inapplicable(f"samples={samples}: a fit is judged on observations held out, at least 2 are needed")
-        flow, fitted = fit(policy, flow, samples, observations)
-        figures |= fitted
+        chosen = grid_times("uniform" if grid == AUTO else grid, _step_count(solver, steps))
+        flow = sampler(policy.flow, chosen, solver)
     return policy.replace(flow=flow), figures
 
 
@@ -182,7 +140,11 @@ FLOW_STEPS = passes.add(
         params={
             "steps": (int, None, "evaluations of the network, 1 or more"),
             "solver": (str, "euler", ", ".join(SOLVERS)),
-            "grid": (str, "uniform", "times at which steps begin: uniform, cosine, or 1+0.7+0.3"),
+            "grid": (
+                str,
+                AUTO,
+                "times at which steps begin: uniform, cosine, 1+0.7+0.3; auto: uniform, or what a fit finds",
+            ),
             "samples": (int, 16, "with solver=fitted: observations to fit on"),
             "observations": (str, "", "an .npz file of them; seeded ones without it"),
         },

@@ -28,7 +28,6 @@ from vlac.policy import Policy
 from vlac.registry import Pass, passes
 from vlac.rewrites.cache import CacheFormat, Crossing, crossings
 
-
 V_PROJ = re.compile(r"@(text|expert)\..*self_attn\.v_proj\.weight")
 
 

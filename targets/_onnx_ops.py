@@ -232,6 +232,14 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("And", [sees, e.reshape(valid, e.tmp(out, "valid"), 1, keys)], out)
 
 
+@_emits("weighted_mask")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    mask, counts = n.inputs
+    logs = e.node("Log", [e.cast(e(counts), e.tmp(out, "counts"), "f32")], e.tmp(out, "logs"))
+    row = e.reshape(logs, e.tmp(out, "row"), 1, e.shape(counts)[0])
+    e.node("Where", [e(mask), row, e.f32(MASKED)], out)
+
+
 @_emits("argmax")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     wide = e.node("ArgMax", [e(n.inputs[0])], e.tmp(out, "i64"), axis=1, keepdims=0, select_last_index=0)
@@ -501,10 +509,13 @@ def _attend(e: StageEmitter, n: Node, x: tuple[str, str, str], per: int, out: st
 def _mask_bias(e: StageEmitter, mask: str, per: int) -> str:
     """0 or MASKED [per * queries, keys], made once per mask and head grouping."""
     if mask in e.constants:
-        bias = np.where(e.constants[mask], 0.0, MASKED).astype(np.float32)
+        known = e.constants[mask]
+        bias = np.where(known, 0.0, MASKED).astype(np.float32) if known.dtype == np.bool_ else known
         return e.graph.const(np.tile(bias, (per, 1)))
 
     def one() -> str:
+        if e.types[mask].dtype == "f32":
+            return e(mask)
         return e.node("Where", [e(mask), e.f32(0.0), e.f32(MASKED)], e.tmp(e(mask), "bias"))
 
     def tiled() -> str:

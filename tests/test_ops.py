@@ -89,13 +89,16 @@ def weight(*shape: int) -> W:
     return W(normal(*shape, scale=shape[-1] ** -0.5))
 
 
-def attention_case(nq: int, nk: int, heads: int, kv: int, d: int, e: int, mask: NpArray | None = None) -> Case:
+def attention_case(
+    nq: int, nk: int, heads: int, kv: int, d: int, e: int, mask: NpArray | None = None, counts: NpArray | None = None
+) -> Case:
     operands = [normal(nq, heads * d), normal(nk, kv * d), normal(nk, kv * e)]
     unread = tuple(int(i) for i in np.flatnonzero(~mask.any(1))) if mask is not None else ()
     return case(
         "attention",
         *operands,
         *([] if mask is None else [mask]),
+        *([] if counts is None else [counts]),
         unread=unread,
         heads=heads,
         kv_heads=kv,
@@ -130,6 +133,8 @@ CASES: tuple[Case, ...] = (
     case("repeat_each", bools("101"), times=1),
     case("attention_mask", ints(0, 1, 1), ints(0, 0, 1, 2), bools("1011")),
     case("attention_mask", ints(3), ints(5), bools("1")),
+    case("weighted_mask", CAUSAL, ints(1, 4, 4, 1, 9, 1, 2)),
+    case("weighted_mask", HOLES, ints(4, 1, 1, 16, 1)),
     case("argmax", normal(1, 33)),
     case("argmax", np.array([[1, 5, 5, 2], [7, 0, 0, 7], [-3, -3, -3, -3]], np.float32)),
     case("pick", ints(4, 0, -1), ints(2)),
@@ -181,6 +186,9 @@ CASES: tuple[Case, ...] = (
     attention_case(5, 9, 3, 3, 8, 8),
     attention_case(7, 7, 6, 2, 12, 12, CAUSAL),
     attention_case(3, 5, 4, 1, 6, 6, HOLES),
+    attention_case(3, 5, 4, 1, 6, 6, HOLES, ints(4, 1, 9, 1, 16)),
+    attention_case(7, 7, 2, 2, 8, 4, CAUSAL, ints(1, 1, 4, 4, 1, 2, 1)),
+    attention_case(70, 7, 2, 1, 64, 64, np.tile(CAUSAL, (10, 1)), ints(1, 1, 4, 4, 1, 2, 1)),
     attention_case(1, 3, 2, 1, 8, 8),
     attention_case(3, 5, 2, 2, 8, 4),
     attention_case(33, 70, 3, 1, 64, 64),
@@ -240,6 +248,8 @@ def program_of(c: Case) -> tuple[Program, dict[str, NpArray]]:
             operands.append(b.input(name, kind, *x.shape))
             if c.op == "rope" and kind == "bool":
                 operands[-1] = b.cumsum(b.cast(operands[-1], dtype="i32"))
+            if c.op == "attention" and kind == "i32":
+                operands[-2:] = [b.weighted_mask(*operands[-2:])]
     b.output(b.op(c.op, *operands, name="result", **c.attrs))
     params = {name: Param(t.shape) for name, t in weights.items()}
     program = Program("one_op", (), (b.build(),), params, Schedule((Call("only"),), "result"), Weights(weights))

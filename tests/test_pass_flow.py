@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GoldenFolder
+from hypothesis import given
+from hypothesis import strategies as st
 
 import vlac
 from vlac import calibrate
@@ -19,7 +21,8 @@ from vlac.checkpoint import read_policy
 from vlac.engines.base import get_engine
 from vlac.errors import Inapplicable
 from vlac.graph import Repeat
-from vlac.passes.flow_steps import combined, grid_times, sampler
+from vlac.passes._flow_fit import power_grid
+from vlac.passes.flow_steps import grid_times, sampler
 from vlac.policy import Policy
 from vlac.spec import FlowSpec
 
@@ -67,10 +70,29 @@ def test_solvers_follow_uneven_grids(solver: str) -> None:
         assert abs(follow(flow, 0.3) - exact(0.3)) < 40 / n**2
 
 
-def test_a_fit_to_eulers_own_weights_is_euler() -> None:
-    euler = sampler(FlowSpec.euler(10), grid_times("uniform", 4), "euler")
-    flow = combined(euler, np.array([1.0, *euler.dts]))
-    assert follow(flow, 0.3) == pytest.approx(follow(euler, 0.3), abs=1e-12)
+def test_a_fit_with_as_many_evaluations_is_the_shipped_sampler(tiny: Policy) -> None:
+    """On its own grid nothing is left to fit: x + h v at every step, to the little that shrinking moves it."""
+    after = apply_passes(tiny, ["flow-steps:steps=10,solver=fitted,grid=uniform,samples=2"])
+    assert after.flow is not None and after.history[0].figures["held_out_drift_fitted"] < 1e-3
+    for k, (xx, xm, xv, *_) in enumerate(after.flow.recurrence):
+        # the memory is all but the velocity itself: only their sum is determined
+        assert abs(xx - 1) < 1e-3 and abs(xm + xv - after.flow.dts[k]) < 1e-3
+
+
+@given(steps=st.integers(1, 20), power=st.floats(0.3, 4))
+def test_grids_that_a_fit_starts_from_fall(steps: int, power: float) -> None:
+    grid = power_grid(steps, power)
+    assert len(grid) == steps and grid[0] == 1.0
+    assert all(a > b > 0 for a, b in itertools.pairwise(grid))
+
+
+def test_a_fit_is_kept_in_the_artifact(golden: Callable[[str], GoldenFolder], tmp_path: Path) -> None:
+    checkpoint, recipe = golden("smolvla_tiny").checkpoint, ["flow-steps:steps=3,solver=fitted,samples=4"]
+    made = vlac.compile(checkpoint, target="gguf-f32", out=tmp_path / "o", passes=recipe, goldens=1)
+    figures = made.manifest["history"][0]["figures"]
+    assert len(figures["grid"].split("+")) == 3 and figures["held_out_drift_fitted"] < figures["held_out_drift_euler"]
+    artifact = vlac.load(tmp_path / "o", engine="torch").artifact
+    assert any(n.startswith("flow.") and artifact.tensors[n].shape[0] == 3 for n in artifact.tensors)
 
 
 def test_the_drawn_recurrence_is_the_spec(tiny: Policy) -> None:
@@ -91,8 +113,9 @@ def test_the_drawn_recurrence_is_the_spec(tiny: Policy) -> None:
 
 
 def test_the_fit_is_better_than_euler_on_held_out_observations(tiny: Policy) -> None:
-    figures = apply_passes(tiny, ["flow-steps:steps=2,solver=fitted,samples=16"]).history[0].figures
-    assert figures["held_out_drift_fitted"] < 0.95 * figures["held_out_drift_euler"]
+    figures = apply_passes(tiny, ["flow-steps:steps=2,solver=fitted,samples=12"]).history[0].figures
+    assert figures["held_out_drift_fitted"] < 0.9 * figures["held_out_drift_euler"]
+    assert figures["held_out_drift_fitted"] < 0.9 * figures["held_out_drift_ab2"]
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime", "openvino", "ggml"])
@@ -147,6 +170,8 @@ def test_a_family_that_draws_euler_only_refuses_others(tiny: Policy, monkeypatch
         ("steps=2,grid=0.5+1", "2 falling times"),
         ("steps=2,grid=1+0", "2 falling times"),
         ("steps=4,solver=fitted,samples=1", "at least 2"),
+        ("steps=30,solver=fitted", "1 to 20"),
+        ("steps=2,solver=fitted,grid=1+0.333", "multiples of 1/40"),
     ],
 )
 def test_refusals(tiny: Policy, params: str, says: str) -> None:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint_files import GOLDEN
 from conftest import GoldenFolder
 from hypothesis import given
 from hypothesis import strategies as st
+from test_openvla import OFT_SPEC
+from test_pi0 import HEADS
 
+import vlac
 from vlac import calibrate
 from vlac.api import apply_passes
 from vlac.checkpoint import read_policy
-from vlac.engines.base import NpArray
+from vlac.engines.base import NpArray, get_engine
 from vlac.errors import Inapplicable
+from vlac.ops import OPS
+from vlac.parity import parity
 from vlac.passes.resolution import bicubic, buckets, resampled
 from vlac.policy import Policy
+from vlac.registry import ReadOptions
 
 torch = pytest.importorskip("torch")
 
@@ -61,6 +71,97 @@ def test_blocks_are_square(tiny: Policy) -> None:
         for a, b in zip(after, before, strict=True):
             blocks = b.reshape(2, 2, 2, 2, -1).mean(axis=(1, 3)).reshape(4, -1)
             np.testing.assert_allclose(a, blocks, rtol=1e-5, atol=1e-6)
+
+
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(2, 5))
+def test_a_key_of_weight_n_is_n_equal_keys(seed: int, queries: int, keys: int) -> None:
+    """Exactly what proportional attention promises, through the ops themselves."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((n, 8)).astype(np.float32) for n in (queries, keys, keys))
+    counts = rng.integers(1, 5, keys).astype(np.int32)
+    mask = rng.random((queries, keys)) < 0.7
+    mask[:, 0] = True
+    how = {"heads": 2, "kv_heads": 2, "scale": 0.5}
+    weighted = OPS["weighted_mask"].reference([mask, counts], {})
+    got = OPS["attention"].reference([q, k, v, weighted], how)
+    many = [np.repeat(x, counts, axis=0) for x in (k, v)]
+    want = OPS["attention"].reference([q, *many, np.repeat(mask, counts, axis=1)], how)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def watched(policy: Policy, absent: int) -> tuple[dict[str, NpArray], dict[str, NpArray]]:
+    """(positions and validity of the prefix, with a camera missing; what the loop's stage was given)."""
+    (o,) = calibrate.observations(policy, 1)
+    images = {k: v for i, (k, v) in enumerate(o.images.items()) if i != absent}
+    seen: dict[str, dict[str, NpArray]] = {}
+
+    def see(_: int, stage: str, values: Any) -> None:
+        seen.setdefault(stage, dict(values))
+
+    names = {"prefix": ["positions", "prefix_valid"], "flow": ["prefix_count"]}
+    calibrate.watch(policy, [dataclasses.replace(o, images=images)], names, see)
+    return seen["prefix"], seen["flow"]
+
+
+@pytest.mark.parametrize("name", ["smolvla_tiny", "pi0_tiny"])
+def test_blocks_have_their_middles_positions(golden: Callable[[str], GoldenFolder], name: str) -> None:
+    """Against the positions of the untouched policy: the first camera is missing, and nothing else moves."""
+    policy = read_policy(str(golden(name).checkpoint), ReadOptions(spec=HEADS if name == "pi0_tiny" else {}))
+    policy = policy.replace(io=dataclasses.replace(policy.io, max_missing_cameras=1))
+    (before, flow), (after, short) = (watched(p, 0) for p in (policy, apply_passes(policy, ["reduce-visual-tokens"])))
+    n = policy.spec.tokens_per_camera
+    side, cameras = math.isqrt(n), (len(before["positions"]) - len(after["positions"])) * 4 // (3 * n)
+    old = before["positions"][: cameras * n].reshape(cameras, side // 2, 2, side // 2, 2)[
+        before["prefix_valid"][: cameras * n : n]
+    ]
+    want = np.floor(old.transpose(0, 1, 3, 2, 4).reshape(len(old), n // 4, 4).mean(axis=-1))
+    valid = after["prefix_valid"]
+    got = after["positions"][: cameras * n // 4][valid[: cameras * n // 4]]
+    np.testing.assert_array_equal(got, want.reshape(-1))
+    np.testing.assert_array_equal(after["positions"][cameras * n // 4 :], before["positions"][cameras * n :])
+    np.testing.assert_array_equal(flow["prefix_count"], short["prefix_count"])
+
+
+def test_weight_positions_and_a_fit_each_bring_it_closer(golden: Callable[[str], GoldenFolder]) -> None:
+    policy = read_policy(str(golden("pi0_tiny").checkpoint), ReadOptions(spec=HEADS))
+    given = calibrate.observations(policy, 3)
+    want = calibrate.watch(policy, given, {}, lambda *_: None)
+
+    def drift(params: str) -> float:
+        after = apply_passes(policy, [f"reduce-visual-tokens:{params}"])
+        return calibrate.drift(calibrate.watch(after, given, {}, lambda *_: None), want)
+
+    plain = drift("mass=0,positions=packed")
+    assert drift("positions=packed") < 0.9 * plain  # 0.51, 0.44
+    assert drift("mass=0") < 0.97 * plain and drift("heal=ridge,samples=6") < 0.9 * plain  # 0.48, 0.42
+
+
+@pytest.mark.parametrize("heal", ["pool", "shuffle"])
+def test_healing_is_judged_on_held_out_observations(tiny: Policy, heal: str) -> None:
+    figures = apply_passes(tiny, [f"reduce-visual-tokens:method={heal},heal=ridge,samples=8"]).history[0].figures
+    assert figures["held_out_observations"] == 2
+    assert figures["held_out_token_error_after"] < 0.8 * figures["held_out_token_error_before"]
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino", "ggml"])
+def test_engines_weigh_keys(golden: Callable[[str], GoldenFolder], tmp_path: Path, engine: str) -> None:
+    if why := get_engine(engine).missing():
+        pytest.skip(why)
+    checkpoint, target = golden("smolvla_tiny").checkpoint, "gguf-f32" if engine == "ggml" else "onnx-fp32"
+    vlac.compile(checkpoint, target=target, out=tmp_path / "o", passes=["reduce-visual-tokens"], goldens=1)
+    assert parity(tmp_path / "o", engine=engine)["compiler"]["chunk"]["relative_l2"] < 2e-5
+
+
+@pytest.mark.parametrize("name", ["openvla_tiny", "openvla_oft_tiny"])
+def test_openvla_has_a_retrofit(name: str) -> None:
+    """Fewer rows for the decoder, positions of the rest as before; the mean of the projector's tokens."""
+    options = ReadOptions(unnorm_key="bridge_orig", spec=OFT_SPEC if "oft" in name else {})
+    policy = read_policy(str(GOLDEN / name / "checkpoint"), options)
+    side = math.isqrt(policy.spec.tokens_per_camera)
+    after = apply_passes(policy, [f"reduce-visual-tokens:factor={side}"])
+    assert after.spec.tokens_per_camera == 1
+    for a, b in zip(image_tokens(after), image_tokens(policy), strict=True):
+        np.testing.assert_allclose(a, b.mean(axis=0, keepdims=True), rtol=1e-4, atol=1e-5)
 
 
 def test_resolution_changes_pictures_positions_and_size(tiny: Policy) -> None:
@@ -108,6 +209,9 @@ def test_bicubic_is_torchs(new: int, trained: int) -> None:
         ("reduce-visual-tokens:factor=3", "2x2 tokens per camera; legal: 2"),
         ("reduce-visual-tokens:factor=1", "legal: 2"),
         ("reduce-visual-tokens:method=drop", "pool, shuffle"),
+        ("reduce-visual-tokens:positions=middle", "centre, packed"),
+        ("reduce-visual-tokens:heal=lstsq", "none, ridge"),
+        ("reduce-visual-tokens:heal=ridge,samples=1", "at least 2"),
         ("resolution:size=30", "smaller multiples of 24"),
         ("resolution:size=48", "the tower sees 48"),
         ("resolution:size=0", "the tower sees 48"),

@@ -270,6 +270,49 @@ def count_valid(b: StageBuilder, valid: str) -> str:
     return b.op("reduce_sum", b.op("cast", valid, dtype="i32"), name="prefix_count")
 
 
+def weigh(b: StageBuilder, mask: str, *runs: tuple[Dim, int]) -> str:
+    """What attention reads where keys stand for several: runs of (rows, how many each stands for); the mask itself
+    where all stand for themselves."""
+    if all(count == 1 for _, count in runs):
+        return mask
+    return b.op("weighted_mask", mask, block_ids(b, *runs))
+
+
+def block_centres(b: StageBuilder, side: int, factor: int) -> str:
+    """Where the middles of factor x factor blocks of a side x side grid lie, row by row, rounded down:
+    i32 [(side/factor)^2]."""
+    blocks, middle = side // factor, (factor - 1) * (side + 1) // 2
+
+    def times(value: str, by: int) -> str:
+        return b.op("mul", value, b.op("full", shape=(1,), value=float(by), dtype="i32"))
+
+    one = b.op("arange", start=0, stop=blocks)
+    rows = times(b.op("repeat_each", one, times=blocks), factor * side)
+    across = b.op("reshape", times(one, factor), shape=(1, blocks))
+    columns = b.op("reshape", b.op("tile", across, rows=blocks), shape=(blocks**2,))
+    return b.op("add", b.op("add", rows, columns), b.op("full", shape=(1,), value=float(middle), dtype="i32"))
+
+
+def centred_positions(b: StageBuilder, cameras: tuple[str, Dim], grid: tuple[int, int], behind: str) -> tuple[str, str]:
+    """(positions, their number) of a prefix whose image tokens stand for blocks of older ones, as if all of these were
+    there: a block has its middle's position, what follows has the positions it always had.
+
+    cameras: validity of slots bool [C], C; grid: (side before, factor); behind: validity of the rows behind, bool.
+    """
+    (given, count), (side, factor) = cameras, grid
+    kept, before = (side // factor) ** 2, b.op("full", shape=(1,), value=float(side**2), dtype="i32")
+    one = b.op("full", shape=(1,), value=1.0, dtype="i32")
+    slots = b.op("cast", given, dtype="i32")
+    start = b.op("repeat_each", b.op("mul", b.op("sub", b.op("cumsum", slots), one), before), times=kept)
+    table = b.op("reshape", block_centres(b, side, factor), shape=(1, kept))
+    every = b.op("reshape", b.op("tile", table, rows=count), shape=(count * kept,))
+    images = b.op("mul", b.op("reduce_sum", slots), before)
+    real = b.op("cast", behind, dtype="i32")
+    later = b.op("add", b.op("sub", b.op("cumsum", real), one), images)
+    positions = b.op("concat", b.op("add", every, start), later, axis=0, name="positions")
+    return positions, b.op("add", b.op("reduce_sum", real), images, name="prefix_count")
+
+
 def block_ids(b: StageBuilder, *runs: tuple[Dim, int]) -> str:
     """Block numbers for attention_mask: (rows, number) runs after one another, i32."""
     parts = [b.op("full", shape=(rows,), value=float(number), dtype="i32") for rows, number in runs]

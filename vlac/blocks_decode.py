@@ -80,12 +80,22 @@ def empty_cache(b: StageBuilder, turns: int, text: DecoderSpec) -> str:
     return b.op("full", shape=(turns, text.num_key_value_heads * text.head_dim), value=0.0, dtype="f32", name="no_rows")
 
 
-def decoder_turn(b: StageBuilder, x: str, turn: str, turns: int, rows: Dim, text: DecoderSpec, name: str) -> str:
+def decoder_turn(
+    b: StageBuilder,
+    x: str,
+    turn: str,
+    turns: int,
+    rows: Dim,
+    text: DecoderSpec,
+    name: str,
+    counts: tuple[tuple[Dim, int], ...] = (),
+) -> str:
     """Layers `{name}.layers.{i}` on the embedding x [1, width] of one token -> its last hidden state, before the norm.
 
     Adds the stage's inputs: `start` i32 [1] (position of the first turn's token), `prompt_valid` bool [rows] (which
     rows of the prompt may be attended to, without the one that the first turn reads anew), `prefix_k.{i}` and
     `prefix_v.{i}` [rows, kv], the caches `own_k.{i}` and `own_v.{i}` [turns, kv]; and its outputs `next_k.{i}`, ...
+    counts: how many keys the prompt's rows stand for, as runs; without it, one each.
     """
     kv = text.num_key_value_heads * text.head_dim
     positions = b.op("add", b.input("start", "i32", 1), turn)
@@ -99,6 +109,7 @@ def decoder_turn(b: StageBuilder, x: str, turn: str, turns: int, rows: Dim, text
     own = b.op("arange", start=1, stop=turns + 1)
     seen = b.op("add", turn, b.op("full", shape=(1,), value=1.0, dtype="i32"))
     mask = b.op("attention_mask", seen, b.op("concat", blocks.block_ids(b, (rows, 0)), own, axis=0), valid)
+    mask = blocks.weigh(b, mask, *counts, (turns, 1))
     for i in range(text.num_hidden_layers):
         past = (b.input(f"prefix_k.{i}", "f32", rows, kv), b.input(f"prefix_v.{i}", "f32", rows, kv))
         cache = (b.input(f"own_k.{i}", "f32", turns, kv), b.input(f"own_v.{i}", "f32", turns, kv), turn)

@@ -6,6 +6,7 @@ multiplies by 1 + w: that sum is made when the checkpoint is read, so norms here
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,14 +23,17 @@ Carry = tuple[tuple[str, str, str], ...]
 class PaliGemmaSpec:
     """Dimensions of the part that every policy on PaliGemma has.
 
-    token_pool: image tokens are averaged over token_pool x token_pool. kv_taps: layers of which only keys and values
-    are left, for an expert that reads them. Both are what passes change.
+    token_pool: image tokens are averaged over token_pool x token_pool; each weighs token_weight keys in attention;
+    with token_centres r > 1 it has the position of the middle of r x r older ones. kv_taps: layers of which only keys
+    and values are left, for an expert that reads them. All of these are what passes change.
     """
 
     vision: VisionSpec
     text: DecoderSpec
     tokenizer_max_length: int
     token_pool: int = 1
+    token_weight: int = 1
+    token_centres: int = 1
     kv_taps: tuple[int, ...] = ()
 
     @property
@@ -41,6 +45,11 @@ class PaliGemmaSpec:
     def prefix_rows(self) -> Dim:
         """Rows of all cameras and the prompt."""
         return symbol("C") * self.tokens_per_camera + symbol("T")
+
+    def key_counts(self, rows: Dim) -> tuple[tuple[Dim, int], ...]:
+        """How many keys each of `rows` rows stands for, images first: runs for `blocks.weigh`."""
+        images = symbol("C") * self.tokens_per_camera
+        return (images, self.token_weight), (rows - images, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +106,21 @@ def image_and_prompt(b: StageBuilder, spec: PaliGemmaSpec, more: tuple[tuple[str
     return x, b.op("concat", images_valid, prompt_valid, *(v for _, v in more), axis=0, name="prefix_valid")
 
 
-def prefix_layers(b: StageBuilder, x: str, valid: str, rows: Dim, spec: PaliGemmaSpec) -> str:
+def places(b: StageBuilder, valid: str, rows: Dim, spec: PaliGemmaSpec) -> tuple[str, str]:
+    """(positions of the prefix's rows, how many positions there are)."""
+    if spec.token_centres == 1:
+        return blocks.positions_of(b, valid), blocks.count_valid(b, valid)
+    images = symbol("C") * spec.tokens_per_camera
+    rest = b.op("slice", valid, axis=0, start=images, stop=rows)
+    side = math.isqrt(spec.tokens_per_camera) * spec.token_centres
+    cameras = ("image_valid", symbol("C"))
+    return blocks.centred_positions(b, cameras, (side, spec.token_centres), rest)
+
+
+def prefix_layers(b: StageBuilder, x: str, valid: str, rows: Dim, spec: PaliGemmaSpec, positions: str) -> str:
     """PaliGemma's layers on rows that all see all; each layer's rotated keys and values leave the stage."""
     block = blocks.block_ids(b, (rows, 0))
-    mask = b.op("attention_mask", block, block, valid)
-    positions = blocks.positions_of(b, valid)
+    mask = blocks.weigh(b, b.op("attention_mask", block, block, valid), *spec.key_counts(rows))
     for i in range(spec.text.num_hidden_layers):
         name, names = f"text.layers.{i}", (f"prefix_k.{i}", f"prefix_v.{i}")
         if i in spec.kv_taps:
@@ -116,8 +135,9 @@ def prefix_stage(spec: PaliGemmaSpec) -> Stage:
     """Images and prompt through PaliGemma, for an expert that reads its keys and values."""
     b = StageBuilder("prefix")
     x, valid = image_and_prompt(b, spec)
-    b.output(valid, blocks.count_valid(b, valid))
-    prefix_layers(b, x, valid, spec.prefix_rows, spec)
+    positions, count = places(b, valid, spec.prefix_rows, spec)
+    b.output(valid, count)
+    prefix_layers(b, x, valid, spec.prefix_rows, spec, positions)
     return b.build()
 
 
@@ -134,6 +154,7 @@ class Past:
     valid: str
     count: str
     rows: Dim
+    key_counts: tuple[tuple[Dim, int], ...]
 
     @staticmethod
     def of(b: StageBuilder, spec: FlowExpertSpec) -> Past:
@@ -144,7 +165,7 @@ class Past:
             (b.input(f"prefix_k.{i}", "f32", rows, width), b.input(f"prefix_v.{i}", "f32", rows, width))
             for i, _ in spec.pairs
         )
-        return Past(layers, valid, count, rows)
+        return Past(layers, valid, count, rows, spec.key_counts(rows))
 
     def joined(self, b: StageBuilder, runs: Iterable[tuple[int, int]]) -> tuple[str, str]:
         """(positions, mask) of rows behind the prefix, given as (rows, block) runs; a row sees blocks up to its own."""
@@ -153,6 +174,7 @@ class Past:
         keys = b.op("concat", blocks.block_ids(b, (self.rows, 0)), own, axis=0)
         valid = b.op("concat", self.valid, b.op("full", shape=(n,), value=1.0, dtype="bool"), axis=0)
         mask = b.op("attention_mask", own, keys, valid, name="joint_mask")
+        mask = blocks.weigh(b, mask, *self.key_counts, (n, 1))
         return b.op("add", b.op("arange", start=0, stop=n), self.count, name="behind"), mask
 
 

@@ -146,7 +146,8 @@ def _attention(t: Sequence[Type], a: Attrs) -> Type:
     _need(qw % h == 0 and kw % g == 0 and vw % g == 0 and qw // h == kw // g, f"attention: widths {qw}, {kw}")
     _need(k.shape[0] == v.shape[0], f"attention: {k.shape[0]} keys, {v.shape[0]} values")
     if len(t) > 3:
-        _need(t[3] == Type("bool", (q.shape[0], k.shape[0])), f"attention: mask {t[3]} for {q}, {k}")
+        known = [Type(kind, (q.shape[0], k.shape[0])) for kind in ("bool", "f32")]
+        _need(t[3] in known, f"attention: mask {t[3]} for {q}, {k}")
     return Type("f32", (q.shape[0], vw // g * h))
 
 
@@ -164,6 +165,13 @@ def _mask(t: Sequence[Type], a: Attrs) -> Type:
     _need(qb.dtype == "i32" and kb.dtype == "i32" and kv.dtype == "bool", f"attention_mask({qb}, {kb}, {kv})")
     _need(kb.shape == kv.shape and len(kb.shape) == 1 == len(qb.shape), f"attention_mask({qb}, {kb}, {kv})")
     return Type("bool", (qb.shape[0], kb.shape[0]))
+
+
+def _weighted_mask(t: Sequence[Type], a: Attrs) -> Type:
+    mask, counts = t
+    _need(mask.dtype == "bool" and len(mask.shape) == 2, f"weighted_mask of {mask}")
+    _need(counts == Type("i32", mask.shape[1:]), f"weighted_mask: counts {counts} for {mask}")
+    return Type("f32", mask.shape)
 
 
 def _concat(t: Sequence[Type], a: Attrs) -> Type:
@@ -378,6 +386,13 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     return (kb[None, :] <= qb[:, None]) & kv[None, :]
 
 
+@_op("weighted_mask", "mask counts", _weighted_mask, host=True)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """What attention adds to its logits where key k stands for counts[k] >= 1 equal keys: log(counts[k]) where
+    mask[q, k], else -1e30 (proportional attention: Bolya et al. 2022, arXiv 2210.09461)."""
+    return _f32(np.where(x[0], np.log(_f64(x[1]))[None], -1e30))
+
+
 @_op("argmax", "x", _argmax, host=True)
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     """Column of the largest entry of every row [N, V] -> i32 [N]; the lowest column where several are equal."""
@@ -575,7 +590,7 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     """softmax(q k^T * scale, masked) v per head, heads concatenated.
 
     q [Nq, H*d], k [Nk, G*d], v [Nk, G*e], heads side by side in the columns; query head h reads kv head h // (H/G).
-    mask [Nq, Nk] bool, true = attend. A row with no true entry gives some finite value that nobody may read.
+    mask [Nq, Nk] bool, true = attend; or f32, added to the logits (weighted_mask). A row with no true entry gives some finite value that nobody may read.
     """
     h, g = a["heads"], a["kv_heads"]
     q, k, v = (_f64(t) for t in x[:3])
@@ -584,7 +599,7 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     v = np.repeat(v.reshape(v.shape[0], g, -1).transpose(1, 0, 2), h // g, axis=0)
     s = q @ k.transpose(0, 2, 1) * a["scale"]
     if len(x) > 3:
-        s = np.where(x[3][None], s, -1e30)
+        s = np.where(x[3][None], s, -1e30) if x[3].dtype == np.bool_ else s + x[3][None]
     e = np.exp(s - s.max(-1, keepdims=True))
     y = (e / e.sum(-1, keepdims=True)) @ v
     return _f32(y.transpose(1, 0, 2).reshape(y.shape[1], -1))

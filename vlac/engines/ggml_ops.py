@@ -47,7 +47,9 @@ def _ids(a: Array, limit: int = 0) -> Array:
 
 
 def _additive(a: Array, pad_at: int, pad: int, half: bool) -> Array:
-    """bool [Nq, Nk] to 0 or a large negative number, with `pad` masked columns put in at `pad_at`."""
+    """bool [Nq, Nk] to 0 or a large negative number, with `pad` masked columns put in at `pad_at`; float32 as it is."""
+    if a.dtype == np.float32:
+        return np.insert(a, [pad_at] * pad, LOW_F32, axis=1) if pad else a
     full = np.insert(a, [pad_at] * pad, False, axis=1) if pad else a
     if half:
         return np.where(full, np.float16(0), np.float16(LOW_F16))
@@ -374,7 +376,8 @@ def _attention(d: Drawing, n: Node) -> int:
     heads, groups, scale = n.attr["heads"], n.attr["kv_heads"], n.attr["scale"]
     nq, nk = d.shape(q)[0], d.shape(k)[0]
     query = d.op("permute", _heads(d, d.value(q), heads), 0, 2, 1, 3)
-    if nq >= FLASH_ROWS:
+    # flash attention takes the mask in float16: too coarse for logarithms of counts
+    if nq >= FLASH_ROWS and (len(n.inputs) < 4 or d.plan.types[n.inputs[3]].dtype == "bool"):
         keys, values = (d.op("permute", _heads(d, d.value(i), groups), 0, 2, 1, 3) for i in (k, v))
         mask = d.feed(n.inputs[3], "additive", (nk, 0, True), F16, (nk, nq)) if len(n.inputs) > 3 else None
         y = d.op("flash_attn_ext", query, keys, values, mask, scale, 0.0, 0.0)

@@ -27,13 +27,13 @@ def ints(t: Type) -> tuple[int, ...]:
 # --- what runs where ---------------------------------------------------------------------------------------------
 
 # f32 results that stay on the host when they depend on stage inputs only; other f32 arithmetic goes into the graph
-_HOST_F32 = ("patchify", "time_embedding", "cast", "full", "column_mean", "unpack_codes")
+_HOST_F32 = ("patchify", "time_embedding", "cast", "full", "column_mean", "unpack_codes", "weighted_mask")
 
 DECLINES = dict.fromkeys(
     (
         *("arange", "full", "cast", "cumsum", "reduce_sum", "repeat_each", "attention_mask"),
         *("patchify", "time_embedding", "pick", "argmax"),
-        *("column_mean", "pack_codes", "unpack_codes"),
+        *("column_mean", "pack_codes", "unpack_codes", "weighted_mask"),
     ),
     "only on values that depend on stage inputs alone, not on results of this stage's network",
 )

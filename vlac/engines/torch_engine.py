@@ -50,6 +50,7 @@ def _index_ops(torch: Any, dtypes: Mapping[str, Any], device: Any) -> dict[str, 
         "reduce_sum": lambda x, a: x[0].sum(dtype=i32).reshape(1),
         "repeat_each": lambda x, a: torch.repeat_interleave(x[0], a["times"]),
         "attention_mask": lambda x, a: (x[1][None, :] <= x[0][:, None]) & x[2][None, :],
+        "weighted_mask": lambda x, a: torch.where(x[0], x[1].to(torch.float64).log()[None], MASKED).to(dtypes["f32"]),
         "argmax": lambda x, a: x[0].argmax(dim=1).to(i32),
         "pick": lambda x, a: x[0].index_select(0, x[1]),
     }
@@ -413,7 +414,12 @@ class TorchSession(EngineSession):
             fn = partial(_rotation, self._torch, self._float)
             return _Step(fn, last, node.attr, f"rotation {last[0]} {node.attrs}")
         if node.op == "attention" and len(node.inputs) > 3:
-            return _Step(lambda x, a: (~x[0]).to(self._float) * MASKED, last, {}, f"added {last[0]}")
+            bools = self._torch.bool
+
+            def added(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
+                return (~x[0]).to(self._float) * MASKED if x[0].dtype == bools else x[0]
+
+            return _Step(added, last, {}, f"added {last[0]}")
         return None
 
     def _parameter(self, name: str) -> Tensor:

@@ -8,6 +8,7 @@ discretised decoders (RT-2's cells, any table of ids, argmax over the bins only)
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 
 from vlac import blocks, blocks_decode, blocks_heads, blocks_timm
@@ -27,7 +28,7 @@ class OpenVLASpec:
     """Dimensions. `fused` is the second tower, if there is one; both see the same picture and have one patch grid.
 
     parallel: OpenVLA-OFT. `proprio_dim` 0 = the network reads no state; `head_blocks` -1 = no L1 head, else its
-    residual blocks.
+    residual blocks. token_pool, token_weight, token_centres: see blocks_gemma.PaliGemmaSpec.
     """
 
     vision: TowerSpec
@@ -43,6 +44,9 @@ class OpenVLASpec:
     proprio_dim: int = 0
     head_blocks: int = -1
     action_bounds: str = "q99"
+    token_pool: int = 1
+    token_weight: int = 1
+    token_centres: int = 1
 
     @property
     def towers(self) -> tuple[TowerSpec, ...]:
@@ -51,7 +55,21 @@ class OpenVLASpec:
     @property
     def image_rows(self) -> int:
         """Rows that all pictures together give the decoder."""
-        return self.num_images_in_input * self.vision.grid**2
+        return self.num_images_in_input * self.tokens_per_camera
+
+    @property
+    def tokens_per_camera(self) -> int:
+        """Rows of one picture."""
+        return (self.vision.grid // self.token_pool) ** 2
+
+    def key_counts(self, rows: Dim) -> tuple[tuple[Dim, int], ...]:
+        """How many keys each of `rows` rows stands for: the first token, pictures, the others."""
+        return (1, 1), (self.image_rows, self.token_weight), (rows - self.image_rows - 1, 1)
+
+    @property
+    def missing_rows(self) -> int:
+        """Positions that pooling leaves out."""
+        return self.image_rows * (self.token_centres**2 - 1)
 
     @property
     def prompt_rows(self) -> Dim:
@@ -121,8 +139,26 @@ def _vision(spec: OpenVLASpec) -> Stage:
     last = 3 if spec.fused else 2
     for i in range(1, last):
         x = b.op("gelu", linear(b, x, f"connector.fc{i}", bias=True), approximate="none")
-    b.output(linear(b, x, f"connector.fc{last}", bias=True, as_="image_tokens"))
+    pool = spec.token_pool
+    x = linear(b, x, f"connector.fc{last}", bias=True, as_="image_tokens" if pool == 1 else "")
+    b.output(x if pool == 1 else blocks.mean_tokens(b, x, pool, spec.text.hidden_size, as_="image_tokens"))
     return b.build()
+
+
+def _centred(b: StageBuilder, positions: str, rows: Dim, spec: OpenVLASpec) -> str:
+    """Positions as they were before pooling, if the policy keeps them: a block has that of its middle."""
+    if spec.token_centres == 1:
+        return positions
+
+    def plus(value: str, by: int) -> str:
+        return b.op("add", value, b.op("full", shape=(1,), value=float(by), dtype="i32"))
+
+    side = math.isqrt(spec.tokens_per_camera) * spec.token_centres
+    table = blocks.block_centres(b, side, spec.token_centres)
+    pictures = [plus(table, 1 + i * side**2) for i in range(spec.num_images_in_input)]
+    end = 1 + spec.image_rows
+    first, rest = (b.op("slice", positions, axis=0, start=i, stop=j) for i, j in ((0, 1), (end, rows)))
+    return b.op("concat", first, *pictures, plus(rest, spec.missing_rows), axis=0)
 
 
 def _prompt(b: StageBuilder, spec: OpenVLASpec, more: tuple[str, ...] = ()) -> tuple[str, str, str, str]:
@@ -143,8 +179,9 @@ def _prefill(spec: OpenVLASpec) -> Stage:
     count, rows = symbol("T"), spec.prompt_rows
     order = b.op("arange", start=0, stop=rows)
     real = b.op("concat", front, b.op("slice", valid, axis=0, start=1, stop=count), axis=0)
-    mask = b.op("attention_mask", order, order, real)
-    b.output(*blocks_decode.last_token(b, tokens, valid, before=spec.image_rows))
+    mask = blocks.weigh(b, b.op("attention_mask", order, order, real), *spec.key_counts(rows))
+    order = _centred(b, order, rows, spec)
+    b.output(*blocks_decode.last_token(b, tokens, valid, before=spec.image_rows + spec.missing_rows))
     b.output(b.op("concat", front, blocks_decode.without_last(b, valid, 1, count), axis=0, name="prompt_valid"))
     b.output(blocks_decode.empty_cache(b, spec.chunk_size * spec.action_dim, spec.text))
     for i in range(spec.text.num_hidden_layers):
@@ -160,7 +197,8 @@ def _decode(spec: OpenVLASpec) -> Stage:
     turn, token = b.input("turn", "i32", 1), b.input("token", "i32", 1)
     x = b.op("embed", token, "@text.embed_tokens.weight")
     turns = spec.chunk_size * spec.action_dim
-    x = blocks_decode.decoder_turn(b, x, turn, turns, spec.prompt_rows, spec.text, "text")
+    rows = spec.prompt_rows
+    x = blocks_decode.decoder_turn(b, x, turn, turns, rows, spec.text, "text", spec.key_counts(rows))
     b.output(blocks_decode.choose(b, x, 1, spec.text, spec.bins, "next_token"), "logits")
     return b.build()
 
@@ -184,7 +222,9 @@ def _policy(spec: OpenVLASpec) -> Stage:
     real = b.op("concat", front, blocks_decode.without_last(b, valid, 1, count), behind, axis=0)
     start = spec.prompt_rows + len(more)
     block = blocks.block_ids(b, (start + actions + 2, 0))
-    mask, positions = b.op("attention_mask", block, block, real), blocks.positions_of(b, real)
+    total = start + actions + 2
+    mask = blocks.weigh(b, b.op("attention_mask", block, block, real), *spec.key_counts(total))
+    positions = _centred(b, blocks.positions_of(b, real), total, spec)
     for i in range(spec.text.num_hidden_layers):
         x, *_ = blocks.decoder_layer(b, x, spec.text, f"text.layers.{i}", positions, mask)
     x = b.op("slice", x, axis=0, start=start, stop=start + actions, name="action_hidden")

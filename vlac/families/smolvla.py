@@ -6,6 +6,7 @@ is in vlac/readers/lerobot_smolvla.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ class SmolVLASpec:
     (joint attention with the prefix) where `is_self_layer(i)`, else it cross-attends to layer i's keys and values.
     `expert_pairs` says it for each expert layer instead, (VLM layer, "self" or "cross"), when passes have taken layers
     out; `kv_taps` are VLM layers of which only the keys and values are left.
+    token_pool, token_weight, token_centres: see blocks_gemma.PaliGemmaSpec.
     Token ids are those of `<fake_token_around_image>` and `<global-img>`, read only with add_image_special_tokens.
     """
 
@@ -47,6 +49,8 @@ class SmolVLASpec:
     fake_image_token_id: int = -1
     global_image_token_id: int = -1
     token_pool: int = 1
+    token_weight: int = 1
+    token_centres: int = 1
     kv_taps: tuple[int, ...] = ()
     expert_pairs: tuple[tuple[int, str], ...] = ()
 
@@ -54,6 +58,11 @@ class SmolVLASpec:
     def tokens_per_camera(self) -> int:
         """Image rows of the prefix per camera: what the connector gives, averaged over token_pool x token_pool."""
         return (self.vision.grid // self.scale_factor // self.token_pool) ** 2
+
+    @property
+    def prefix_rows(self) -> Dim:
+        """Rows of all cameras, the prompt and the state."""
+        return symbol("C") * (self.tokens_per_camera + 3 * self.add_image_special_tokens) + symbol("T") + 1
 
     @property
     def expert_every(self) -> int:
@@ -141,6 +150,16 @@ def _images(b: StageBuilder, spec: SmolVLASpec) -> tuple[str, str, Dim]:
     return b.op("reshape", rows, shape=(total, d)), b.op("reshape", columns, shape=(total,)), total
 
 
+def _weigh(b: StageBuilder, mask: str, spec: SmolVLASpec, behind: Dim) -> str:
+    """The mask, with the weight of image tokens that stand for several; `behind`: rows after the images."""
+    n, cameras, weight = spec.tokens_per_camera, symbol("C"), spec.token_weight
+    if weight == 1 or not spec.add_image_special_tokens:
+        return blocks.weigh(b, mask, (cameras * n, weight), (behind, 1))
+    one = b.op("reshape", blocks.block_ids(b, (2, 1), (n, weight), (1, 1)), shape=(1, n + 3))
+    images = b.op("reshape", b.op("tile", one, rows=cameras), shape=(cameras * (n + 3),))
+    return b.op("weighted_mask", mask, b.op("concat", images, blocks.block_ids(b, (behind, 1)), axis=0))
+
+
 def _prefix(spec: SmolVLASpec) -> Stage:
     """Images, prompt and state through the VLM; leaves each layer's rotated keys and values.
 
@@ -148,7 +167,7 @@ def _prefix(spec: SmolVLASpec) -> Stage:
     nothing that is read depends on them.
     """
     b = StageBuilder("prefix")
-    text, count = spec.text, symbol("T")
+    text, count, rows = spec.text, symbol("T"), spec.prefix_rows
     images, images_valid, image_rows = _images(b, spec)
     tokens = b.input("tokens", "i32", count)
     tokens_valid = b.input("token_valid", "bool", count)
@@ -159,9 +178,14 @@ def _prefix(spec: SmolVLASpec) -> Stage:
     valid = b.op("concat", images_valid, tokens_valid, one, axis=0, name="prefix_valid")
     # images and prompt (block 0) do not see the state (block 1); the state sees all
     block = blocks.block_ids(b, (image_rows + count, 0), (1, 1))
-    mask = b.op("attention_mask", block, block, valid)
-    positions = blocks.positions_of(b, valid)
-    b.output(valid, blocks.count_valid(b, valid))
+    mask = _weigh(b, b.op("attention_mask", block, block, valid), spec, count + 1)
+    if spec.token_centres > 1:
+        rest = b.op("slice", valid, axis=0, start=image_rows, stop=rows)
+        grid = math.isqrt(spec.tokens_per_camera) * spec.token_centres, spec.token_centres
+        positions, filled = blocks.centred_positions(b, ("image_valid", symbol("C")), grid, rest)
+    else:
+        positions, filled = blocks.positions_of(b, valid), blocks.count_valid(b, valid)
+    b.output(valid, filled)
     for i in range(text.num_hidden_layers):
         names = (f"prefix_k.{i}", f"prefix_v.{i}")
         if i in spec.kv_taps:
@@ -176,7 +200,7 @@ def _flow(spec: SmolVLASpec, flow: FlowSpec) -> tuple[Stage, tuple[tuple[str, st
     """One solver step, x at time times[step] -> x_next, and its carries. Actions are causal in self layers."""
     b = StageBuilder("flow")
     text, expert, n = spec.text, spec.expert, spec.chunk_size
-    rows = symbol("C") * (spec.tokens_per_camera + 3 * spec.add_image_special_tokens) + symbol("T") + 1
+    rows = spec.prefix_rows
     kv = text.num_key_value_heads * text.head_dim
     step = b.input("step", "i32", 1)
     x = b.input("x", "f32", n, spec.max_action_dim)
@@ -193,6 +217,8 @@ def _flow(spec: SmolVLASpec, flow: FlowSpec) -> tuple[Stage, tuple[tuple[str, st
     keys_valid = b.op("concat", valid, b.op("full", shape=(n,), value=1.0, dtype="bool"), axis=0)
     self_mask = b.op("attention_mask", causal, keys_block, keys_valid, name="self_mask")
     cross_mask = b.op("attention_mask", causal, prefix_block, valid, name="cross_mask")
+    self_mask = _weigh(b, self_mask, spec, symbol("T") + 1 + n)
+    cross_mask = _weigh(b, cross_mask, spec, symbol("T") + 1)
     behind = b.op("add", own, prefix_count)
     for j, (i, kind) in enumerate(spec.pairs):
         name = f"expert.layers.{j}"

@@ -35,6 +35,7 @@ def _hoist_into_own_stage(draft: Draft, step: Repeat, loop: StageDraft, own: set
     """The start values that tell the sizes become inputs of the new stage, whether a node reads them or not."""
     inputs = dict(loop.inputs)
     tells = [(start, inputs[into]) for _, into, start in step.carry if symbols_of([inputs[into]]) & own]
+    tells = list(dict.fromkeys(tells))  # two carries may start with the noise
     if own <= symbols_of([t for _, t in tells]):
         host = StageDraft(unique(f"{loop.name}_once", {s.name for s in draft.stages}), tells, [], [])
         if _hoist(draft, step, loop, host, set()):
