@@ -432,6 +432,9 @@ def bench_command(
     form: Annotated[
         str, typer.Option("--output", "-o", metavar="md|json|csv|jsonl", help="Form of the report.")
     ] = "md",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Time per stage and kind of op, and what this machine could do.")
+    ] = False,
     peers: Annotated[
         Path | None,
         typer.Option(metavar="CKPT", help="Beside LeRobot on this checkpoint, and other engines that are set up."),
@@ -456,6 +459,9 @@ def bench_command(
             raise InputError(f"-o {form!r} together with --peers: there are md, json")
         _beside_peers([Path(path), *(beside or ())], peers, engine, threads, runs, plot, save, form, json_output, quiet)
         return
+    if profile:
+        _profile(path, engine, threads, runs, save, form, json_output, quiet)
+        return
     if beside or plot:
         raise InputError("--beside and --plot go with --peers", remedy="name LeRobot's checkpoint with --peers")
     from vlac import progress
@@ -472,6 +478,29 @@ def bench_command(
         report = bench(artifact, engine=engine, threads=threads, runs=runs, progress=show)
     finish(report, save)
     typer.echo(bench_text(report, form))
+
+
+def _profile(
+    path: str,
+    engine: str | None,
+    threads: int | None,
+    runs: int | None,
+    save: Path | None,
+    form: str,
+    json_output: bool,
+    quiet: bool,
+) -> None:
+    from vlac import progress
+    from vlac.profile import profile, text
+    from vlac.tables import as_json
+
+    if form not in ("md", "json"):
+        raise InputError(f"-o {form!r} together with --profile: there are md, json")
+    machine_readable = json_output or form == "json"
+    with progress.progress(machine_readable or quiet) as show:
+        report = profile(path, engine=engine, threads=threads, runs=runs, progress=show)
+    finish(report, save)
+    typer.echo(as_json(report) if machine_readable else text(report))
 
 
 def _beside_peers(

@@ -28,6 +28,8 @@ class EngineSession(ABC):
     """Whether `run_all` makes the whole chunk."""
     info: dict[str, Any]
     """Versions, provider, CPU features, threads: what a bench report should name."""
+    profiling = False
+    """Set by the option "profile": runs are slower, and `op_times` tells."""
 
     @abstractmethod
     def run(self, stage: str, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:
@@ -55,6 +57,11 @@ class EngineSession(ABC):
         """The whole schedule at once, for artifacts that are one graph: {result's name: normalised chunk}; None where
         stages are run one by one. `inputs` holds the runtime inputs; pixels as f32 [C, 3, S, S], zeros where absent."""
         return None
+
+    def op_times(self) -> dict[str, dict[str, float]]:
+        """Stage -> kind of op, as the engine names it -> milliseconds of all runs so far; empty without the option
+        "profile", and where the engine does not tell. After it the session may not be run again."""
+        return {}
 
     def close(self) -> None:
         """Frees native memory; the session cannot be used afterwards. Engines with nothing to free inherit this."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -127,6 +128,8 @@ class StageGraph:
         self._feeds = list(self._drawing.feeds.values())
         self._env: dict[str, NpArray] = {}
         self._fresh = True
+        self.op_ms: dict[str, float] | None = None
+        """Where each node's time is added, when it is asked for."""
 
     def _allocate(self) -> None:
         lib = self.lib
@@ -160,7 +163,7 @@ class StageGraph:
         self._fresh = False
         if self._outputs:
             self.lib.set_threads(self.backend, self.threads)
-            status = self.lib.backend_graph_compute(self.backend, self._graph)
+            status = self._compute() if self.op_ms is None else self._compute_each()
             if status != 0:
                 raise EngineError(f"stage {self.plan.stage.name}: ggml stopped with status {status}")
         result = {name: self._output(name) for name in self.plan.stage.outputs if name not in self.plan.after}
@@ -170,6 +173,31 @@ class StageGraph:
                     result[i] = self._output(i)
             result[name] = OPS[node.op].reference([result[i] for i in node.inputs], node.attr)
         return {name: result[name] for name in self.plan.stage.outputs}
+
+    def _compute(self) -> int:
+        return int(self.lib.backend_graph_compute(self.backend, self._graph))
+
+    def _compute_each(self) -> int:
+        """Node by node, each as a graph of its own in the same memory; products by the format of their weight."""
+        lib, count = self.lib, int(self.lib.graph_n_nodes(self._graph))
+        context = lib.init(
+            InitParams(count * (lib.graph_overhead_custom(1, False) + lib.tensor_overhead()), None, True)
+        )
+        status = 0
+        for i in range(count):
+            node = lib.graph_node(self._graph, i)
+            alone = lib.new_graph_custom(context, 1, False)
+            lib.graph_add_node(alone, node)
+            began = time.perf_counter()
+            status = status or int(lib.backend_graph_compute(self.backend, alone))
+            took = 1e3 * (time.perf_counter() - began)
+            kind, source = lib.op_desc(node).decode(), Tensor.from_address(node).src[0]
+            if kind == "MUL_MAT" and source:
+                kind += f" {lib.type_name(Tensor.from_address(source).type).decode()}"
+            assert self.op_ms is not None
+            self.op_ms[kind] = self.op_ms.get(kind, 0.0) + took
+        lib.free(context)
+        return status
 
     def _take(self, inputs: Values, fresh: bool) -> set[str]:
         """Remembers new inputs, evaluates the host nodes that depend on them; names of the inputs that changed."""
@@ -217,7 +245,13 @@ class GgmlSession(EngineSession):
 
     engine = "ggml"
 
-    def __init__(self, program: Program, tensors: Mapping[str, StoredTensor], threads: int | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        tensors: Mapping[str, StoredTensor],
+        threads: int | None = None,
+        profile: bool = False,
+    ) -> None:
         """`tensors` holds every parameter of the program in one of ggml's formats."""
         if threads is not None and threads < 1:
             raise EngineError(f"engine ggml: threads={threads}, expected 1 or more")
@@ -234,6 +268,8 @@ class GgmlSession(EngineSession):
         self._symbols = {s.name: stage_symbols(s) for s in program.stages}
         # where ids are picked, one rounding may pick another id, and all that follows: float16 products are exact there
         self._careful = any(n.op == "argmax" for s in program.stages for n in s.nodes)
+        self.profiling = profile
+        self._op_ms: dict[str, dict[str, float]] = {}
         self._lock = threading.Lock()
         self._graphs: OrderedDict[tuple[Any, ...], StageGraph] = OrderedDict()
         self._lib = lib = ggml_lib.load()
@@ -272,8 +308,12 @@ class GgmlSession(EngineSession):
             weights = self._weights.tensors
             graph = StageGraph(self._lib, self._backend, plan, weights, self._threads, self._careful)
             self._graphs[key] = graph
+            graph.op_ms = self._op_ms.setdefault(stage, {}) if self.profiling else None
         self._graphs.move_to_end(key)
         return graph
+
+    def op_times(self) -> dict[str, dict[str, float]]:
+        return self._op_ms
 
     def close(self) -> None:
         with self._lock:
@@ -302,7 +342,7 @@ class GgmlEngine(Engine):
     def open(
         self, artifact: Artifact, *, threads: int | None = None, options: Mapping[str, Any] | None = None
     ) -> EngineSession:
-        return GgmlSession(artifact.program, artifact.tensors, threads)
+        return GgmlSession(artifact.program, artifact.tensors, threads, bool((options or {}).get("profile")))
 
 
 ENGINE = GgmlEngine()

@@ -8,7 +8,9 @@ run).
 
 from __future__ import annotations
 
+import json
 import platform
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ class OnnxRuntimeSession(EngineSession):
         if int8 not in INT8:
             raise EngineError(f"onnxruntime int8={int8!r}; there are: {', '.join(INT8)}")
         files = graph_files(artifact, self.engine, INT8[int8])
+        self.profiling = bool(options.get("profile"))
         two_forms = any("integer" in row for row in artifact.manifest["onnx"].values())
         widen = two_forms and int8 == "float"
         count = threads or default_threads()
@@ -74,6 +77,10 @@ class OnnxRuntimeSession(EngineSession):
         use = prepared.usable(pack) if options.get("prepared", True) else False
         if use:
             files = {stage: prepared.folder / f"{stage}.onnx" for stage in files}
+        if self.profiling:
+            for setting in settings.values():
+                setting.enable_profiling = True
+                setting.profile_file_prefix = str(Path(tempfile.gettempdir()) / "vlac-profile")
         self._sessions = {k: _open(onnxruntime, p, settings[k], providers, disabled) for k, p in files.items()}
         self._inputs = {k: [i.name for i in s.get_inputs()] for k, s in self._sessions.items()}
         self._outputs = {k: [o.name for o in s.get_outputs()] for k, s in self._sessions.items()}
@@ -110,7 +117,14 @@ class OnnxRuntimeSession(EngineSession):
             raise EngineError(f"onnxruntime failed in stage {stage} of {self._path}: {error}") from None
         return dict(zip(self._outputs[stage], made, strict=True))
 
+    def op_times(self) -> dict[str, dict[str, float]]:
+        if not self.profiling:
+            return {}
+        self.profiling = False
+        return {stage: _kernel_times(Path(session.end_profiling())) for stage, session in self._sessions.items()}
+
     def close(self) -> None:
+        self.op_times()  # its files are removed when they are read
         self._sessions.clear()
 
 
@@ -137,6 +151,17 @@ def _settings(onnxruntime: Any, threads: int, widen: bool, spinning: bool, packe
     if widen:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
+
+
+def _kernel_times(path: Path) -> dict[str, float]:
+    """Op -> milliseconds, of a file that onnxruntime's profiler wrote; removes it."""
+    times: dict[str, float] = {}
+    for event in json.loads(path.read_text(encoding="utf-8")):
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            op = event["args"]["op_name"]
+            times[op] = times.get(op, 0.0) + event["dur"] / 1e3
+    path.unlink()
+    return times
 
 
 def _save_packed(options: Any, path: Path) -> None:

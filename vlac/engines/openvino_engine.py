@@ -53,6 +53,8 @@ class OpenVinoSession(EngineSession):
         precisions = self._precisions(artifact, list(files), device, options.get("precision"))
         count = threads or default_threads()
         self._requests: dict[str, Any] = {}
+        self.profiling = bool(options.get("profile"))
+        self._op_ms: dict[str, dict[str, float]] = {}
         self._inputs: dict[str, dict[str, int]] = {}
         self._outputs: dict[str, tuple[str, ...]] = {}
         program = artifact.program
@@ -74,6 +76,7 @@ class OpenVinoSession(EngineSession):
             properties |= _groups(program, stage, device)
             properties |= _snippets(program, stage, device)
             properties |= _cached(program, stage, prepared.folder) if use else {}
+            properties |= {"PERF_COUNT": True} if self.profiling else {}
             inputs = None if self._single else [n for n, _ in program.stage(stage).inputs]
             self._outputs[stage] = (program.schedule.result,) if self._single else program.stage(stage).outputs
             self._open(stage, path, device, properties, inputs)
@@ -135,7 +138,17 @@ class OpenVinoSession(EngineSession):
             request.infer(feed, share_inputs=True)
         except _NATIVE_ERRORS as error:
             raise EngineError(f"openvino failed in stage {stage} of {self._path}: {error}") from None
+        if self.profiling:
+            self._note(stage, request.profiling_info)
         return {name: request.get_output_tensor(i).data.copy() for i, name in enumerate(self._outputs[stage])}
+
+    def _note(self, stage: str, nodes: Any) -> None:
+        times = self._op_ms.setdefault(stage, {})
+        for node in nodes:
+            times[node.node_type] = times.get(node.node_type, 0.0) + 1e3 * node.real_time.total_seconds()
+
+    def op_times(self) -> dict[str, dict[str, float]]:
+        return self._op_ms
 
     def close(self) -> None:
         self._requests.clear()

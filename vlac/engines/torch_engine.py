@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -293,6 +294,7 @@ class TorchSession(EngineSession):
         dtype: "f32", or "f64" for a reference closer to the truth.
         keep_weights: False asks `weight` anew whenever a parameter is used and keeps none: slow, for models that do not
             fit into memory in float32.
+        profile: note how long each kind of op takes (on a CPU: nothing waits for a device).
     """
 
     engine = "torch"
@@ -305,6 +307,7 @@ class TorchSession(EngineSession):
         device: str = "cpu",
         dtype: str = "f32",
         keep_weights: bool = True,
+        profile: bool = False,
     ) -> None:
         # a busy core must not make the other threads spin: it can cost ten times the run on a shared machine
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -323,6 +326,8 @@ class TorchSession(EngineSession):
         self._weights: dict[str, Tensor] = {}
         self._plans: dict[tuple[str, tuple[tuple[str, int], ...]], _Plan] = {}
         self._symbols: dict[str, frozenset[str]] = {}
+        self.profiling = profile
+        self._op_ms: dict[str, dict[str, float]] = {}
         self.info = {
             "engine": "torch",
             "torch": str(torch.__version__),
@@ -356,6 +361,9 @@ class TorchSession(EngineSession):
                     break
             return {**self._download(out), **gathered(step, [self._download(t) for t in turns])}
 
+    def op_times(self) -> dict[str, dict[str, float]]:
+        return self._op_ms
+
     def close(self) -> None:
         self._weights.clear()
         self._plans.clear()
@@ -367,10 +375,18 @@ class TorchSession(EngineSession):
         env = {**plan.constants, **given}
         for step in plan.steps:
             operands = [env[i] if i in env else self._parameter(i[1:]) for i in step.operands]
+            began = time.perf_counter() if self.profiling else 0.0
             env[step.result] = step.fn(operands, step.attrs)
+            if self.profiling:
+                self._note(stage, step.result, began)
             for name in step.free:
                 del env[name]
         return {o: env[o] for o in self.program.stage(stage).outputs}
+
+    def _note(self, stage: str, result: str, began: float) -> None:
+        kinds = {n.name: n.op for n in self.program.stage(stage).nodes}
+        kind, times = kinds.get(result, "masks and angles"), self._op_ms.setdefault(stage, {})
+        times[kind] = times.get(kind, 0.0) + 1e3 * (time.perf_counter() - began)
 
     def _plan(self, stage: str, symbols: Mapping[str, int]) -> _Plan:
         if stage not in self._symbols:
@@ -505,11 +521,12 @@ class TorchEngine(Engine):
     def open(
         self, artifact: Artifact, *, threads: int | None = None, options: Mapping[str, Any] | None = None
     ) -> EngineSession:
-        """Options: device ("cpu", "cuda"), dtype ("f32", "f64"), linear ("nf4", "fp4": see bitsandbytes_linear.py)."""
+        """Options: device ("cpu", "cuda"), dtype ("f32", "f64"), profile, linear ("nf4", "fp4": see
+        bitsandbytes_linear.py)."""
         if why := self.missing():
             raise EngineError(f"engine torch: {why}", remedy="pip install torch")
         given = dict(options or {})
-        unknown = set(given) - {"device", "dtype", "linear"}
+        unknown = set(given) - {"device", "dtype", "linear", "profile"}
         if unknown:
             raise EngineError(f"engine torch: unknown option {sorted(unknown)[0]!r}; there are device, dtype, linear")
         if "linear" in given:
