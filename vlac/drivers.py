@@ -17,6 +17,7 @@ from vlac.facts import is_artifact
 from vlac.runtime.actions import apply_action_steps
 from vlac.runtime.inputs import samples
 from vlac.runtime.session import Session, execute, load, prepare
+from vlac.runtime.tokenizer import load_tokenizer
 
 NpArray = np.ndarray[Any, Any]
 Observation = dict[str, Any]
@@ -70,13 +71,15 @@ class CheckpointDriver:
         self._program = draw(self._policy)
         self._engine = reference_session(self._program, threads)
         self._samples = samples(self._program)
+        stored = self._policy.tokenizer
+        self._tokenizer = load_tokenizer(stored, f"{checkpoint}: tokenizer") if stored else None
         self.facts = {"target": "checkpoint, fp32", "engine": self._engine.engine, "name": self._policy.name}
 
     def act(self, observation: Observation) -> NpArray:
         """float32 [chunk_size, action_dim] in the robot's units."""
         ready = prepare(
             self.io,
-            self._policy.tokenizer,
+            self._tokenizer,
             self._program,
             images=observation["images"],
             state=observation["state"],
