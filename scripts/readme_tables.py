@@ -59,11 +59,11 @@ def push_cubes(report: dict[str, Any]) -> list[str]:
     head = ["policy", "engine", "MB", "drift", "success (95 %)", "difference to fp32, points (95 %)", "p"]
     base = report["rows"][0]
     controls = ", ".join(
-        f"{words} {100 * base['controls'][name]['success']['rate']:.1f} %"
+        f"{words} {base['controls'][name]['success']['count']} of {base['controls'][name]['success']['of']}"
         for name, words in (("shuffled", "told another instruction"), ("blank", "shown black pictures"))
     )
     first, last = report["seeds"]
-    what = f"Seeds {first} to {last}; fp32 {controls}. Drift: relative L2 on the recorded observations."
+    what = f"Seeds {first} to {last}; controls of fp32: {controls}. Drift: relative L2 on the recorded observations."
     how = "Intervals: Wilson's, and Newcombe's for paired differences; p: McNemar's exact."
     return [*table(head, rows), "", _made_by(report), what, how]
 
