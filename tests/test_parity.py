@@ -302,7 +302,7 @@ def test_reference_and_lerobots_own_answers_agree(artifact: Path, golden: Any) -
     stored = parity(artifact, **given)["cost"]
     now = parity(artifact, reference=str(folder.checkpoint), **given)["cost"]
     assert stored["max_relative"] < 2e-5 and now["max_relative"] < 2e-5
-    # what the prefix hands to the rest of itself exists only after lowering: the checkpoint has nothing to compare it with
+    # what the prefix hands to the rest of itself exists only after lowering: the checkpoint has nothing like it
     assert {s["stage"] for s in now["stages"]} == {"vision", "prefix_state", "flow"}
     assert now["noise_floor"]["source"].endswith("run now")
 
