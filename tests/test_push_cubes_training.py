@@ -155,7 +155,9 @@ class TestWithLeRobot:
         options = ["--episodes", "3", "--corrections", "2", "--steps", "6", "--batch", "16"]
 
         def start(out: Path) -> subprocess.Popen[bytes]:
-            return subprocess.Popen([PYTHON, script, "--out", out, *options], stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+            return subprocess.Popen(
+                [PYTHON, script, "--out", out, *options], stderr=subprocess.DEVNULL, env=ENVIRONMENT
+            )
 
         whole, parts = tmp_path / "whole", tmp_path / "parts"
         assert start(whole).wait(300) == 0
