@@ -48,7 +48,28 @@ def vit_tower(b: StageBuilder, pixels: str, spec: VisionSpec, name: str = "visio
     x = b.op("patchify", pixels, patch=spec.patch_size, block=1)
     x = linear(b, x, f"{name}.patch_embedding", bias=True)
     x = b.op("add", x, f"@{name}.position_embedding", name=f"{name}.embedded")
-    return _layer_norm(b, vit_layers(b, x, spec, name), spec, f"{name}.post_layernorm")
+    if not spec.merges:
+        return _layer_norm(b, vit_layers(b, x, spec, name), spec, f"{name}.post_layernorm")
+    x = _layer_norm(b, _merging_layers(b, x, spec, name), spec, f"{name}.post_layernorm")
+    return _mix_rows(b, x, f"@{name}.unmerge", as_=f"{name}.unmerged")
+
+
+def _mix_rows(b: StageBuilder, x: str, weight: str, as_: str = "") -> str:
+    """weight [m, n] times x [n, D], written as a linear on columns: [m, D]."""
+    columns = b.op("linear", b.op("transpose", x, perm=(1, 0)), weight)
+    return b.op("transpose", columns, perm=(1, 0), name=as_)
+
+
+def _merging_layers(b: StageBuilder, x: str, spec: VisionSpec, name: str) -> str:
+    """The layers, with rows merged before some of them; what a row stands for weighs in attention from then on."""
+    mask, merges = "", dict(spec.merges)
+    for i in range(spec.num_hidden_layers):
+        if i in merges:
+            x = _mix_rows(b, x, f"@{name}.merge.{i}", as_=f"{name}.merged.{i}")
+            rows = sum(n for n, _ in merges[i])
+            mask = weigh(b, b.op("full", shape=(rows, rows), value=1.0, dtype="bool"), *merges[i])
+        x = _vit_layer(b, x, spec, f"{name}.layers.{i}", mask)
+    return x
 
 
 def vit_layers(
@@ -95,6 +116,12 @@ def vit_shapes(spec: VisionSpec, name: str = "vision") -> Shapes:
         f"{name}.patch_embedding.bias": (d,),
         f"{name}.position_embedding": (spec.grid**2, d),
     }
+    rows = spec.grid**2
+    for i, runs in spec.merges:
+        shapes[f"{name}.merge.{i}"] = (sum(n for n, _ in runs), rows)
+        rows = sum(n for n, _ in runs)
+    if spec.merges:
+        shapes[f"{name}.unmerge"] = (spec.grid**2, rows)
     shapes |= vit_layers_shapes(spec, name)
     shapes[f"{name}.post_layernorm.weight"] = shapes[f"{name}.post_layernorm.bias"] = (d,)
     return shapes

@@ -20,6 +20,7 @@ class VisionSpec:
 
     position_rule says how a smaller grid of patches finds its rows in the table of positions: "table" (one row per
     patch of the trained grid; a smaller one is resampled) or "buckets" (row floor(i * trained / grid), Idefics3).
+    merges: (layer, runs) says that before this layer rows are merged, to runs of (rows, patches each stands for).
     """
 
     hidden_size: int
@@ -32,6 +33,7 @@ class VisionSpec:
     layer_norm_eps: float = 1e-6
     hidden_act: str = "gelu_pytorch_tanh"
     position_rule: str = "table"
+    merges: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] = ()
 
     @property
     def grid(self) -> int:

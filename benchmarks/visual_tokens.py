@@ -1,0 +1,119 @@
+"""Ways to give a language model fewer image tokens, at equal tokens: how far the chunk drifts.
+
+python benchmarks/visual_tokens.py [CHECKPOINT] [--factor N] [--held-out N]
+
+CHECKPOINT: a policy folder, by default the bundled push-cubes policy. Ways: random drop (one random token of each block
+stays; mean of three draws), the plain average of blocks, and reduce-visual-tokens with its weight, its positions and
+its ridge fit added one by one; beside them merge-in-tower, which keeps the tokens and saves work in the tower. Recorded
+observations where the policy has them: fits see the first ones, drift is taken on the last. float32, the same noise.
+Writes benchmarks/results/visual_tokens.json (visual_tokens-NAME.json for another checkpoint).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from compile_full_size import ROOT, machine, versions
+
+from vlac import calibrate
+from vlac.api import apply_passes, draw
+from vlac.artifact import Golden
+from vlac.checkpoint import read_policy
+from vlac.goldens import reference_session
+from vlac.graph import Node, Param, Program
+from vlac.policy import Policy
+from vlac.runtime.session import execute, prepare
+from vlac.weights import LazyTensor
+
+BUNDLED = ROOT / "vlac" / "zoo" / "push_cubes"
+POOL = "reduce-visual-tokens:factor={f}"
+WAYS = {
+    "plain average": POOL + ",mass=0,positions=packed",
+    "average, weight": POOL + ",positions=packed",
+    "average, positions": POOL + ",mass=0",
+    "average, weight, positions": POOL,
+    "average, weight, positions, ridge": POOL + ",heal=ridge,samples={n}",
+    "average, ridge": POOL + ",mass=0,positions=packed,heal=ridge,samples={n}",
+    "merge-in-tower 25 % twice": "merge-in-tower:samples={n}",
+}
+
+
+def chunks(policy: Policy, program: Program, given: Sequence[Golden]) -> list[np.ndarray]:
+    session, found = reference_session(program), []
+    for o in given:
+        task = o.task if policy.io.text_steps else None
+        ready = prepare(
+            policy.io, policy.tokenizer, program, images=dict(o.images), state=o.state, task=task, noise=o.noise
+        )
+        found.append(execute(program, session, ready.env, ready.symbols)[:, : policy.io.action_dim])
+    session.close()
+    return found
+
+
+def random_drop(policy: Policy, factor: int, seed: int) -> Program:
+    """The program of a plain average with one random token of each block in place of its mean."""
+    program = draw(apply_passes(policy, [WAYS["plain average"].format(f=factor)]))
+    stage = program.stage("vision")
+    shuffle = max(i for i, n in enumerate(stage.nodes) if n.op == "pixel_shuffle" and n.attr["factor"] == factor)
+    side = int(policy.spec.tokens_per_camera**0.5)
+    rng, pick = np.random.default_rng(seed), np.zeros(((side // factor) ** 2, side**2))
+    for i in range(len(pick)):
+        row, column = divmod(i, side // factor)
+        dy, dx = rng.integers(0, factor, 2)
+        pick[i, (row * factor + dy) * side + column * factor + dx] = 1
+    nodes = (
+        *stage.nodes[:shuffle],
+        Node("columns", "transpose", stage.nodes[shuffle].inputs, (("perm", (1, 0)),)),
+        Node("picked", "linear", ("columns", "@pick")),
+        Node("image_tokens", "transpose", ("picked",), (("perm", (1, 0)),)),
+    )
+    return program.replace(
+        stages=tuple(dataclasses.replace(s, nodes=nodes) if s.name == "vision" else s for s in program.stages),
+        params={**program.params, "pick": Param(pick.shape)},
+        weights=program.weights.with_(pick=LazyTensor.of(pick, "pick")),
+    )
+
+
+def measure(policy: Policy, factor: int, held: int) -> list[dict[str, Any]]:
+    given = calibrate.observations(policy, 64)
+    fit, judge = len(given) - held, given[-held:]
+    fitted = policy
+    want = chunks(policy, draw(policy), judge)
+    rows = []
+
+    def add(way: str, drift: float, tokens: int, figures: Any = None) -> None:
+        rows.append({"way": way, "tokens_per_camera": tokens, "drift": drift, "figures": dict(figures or {})})
+        print(rows[-1], flush=True)
+
+    fewer = policy.spec.tokens_per_camera // factor**2
+    drops = [calibrate.drift(chunks(policy, random_drop(policy, factor, s), judge), want) for s in range(3)]
+    add("random drop", float(np.mean(drops)), fewer)
+    for way, recipe in WAYS.items():
+        after = apply_passes(fitted, [recipe.format(f=factor, n=fit)])
+        got = chunks(after, draw(after), judge)
+        add(way, calibrate.drift(got, want), after.spec.tokens_per_camera, after.history[-1].figures)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=BUNDLED)
+    parser.add_argument("--factor", type=int, default=2)
+    parser.add_argument("--held-out", type=int, default=16)
+    options = parser.parse_args()
+    name = options.checkpoint.resolve().name
+    suffix = "" if options.checkpoint == BUNDLED else f"-{name}"
+    rows = measure(read_policy(str(options.checkpoint)), options.factor, options.held_out)
+    record = {"machine": machine(), "versions": versions(), "checkpoint": name, "factor": options.factor, "rows": rows}
+    path = ROOT / "benchmarks" / "results" / f"visual_tokens{suffix}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
