@@ -5,7 +5,9 @@ leaves of a dropped layer its norm and its k and v projections, fed by the hidde
 the expert stays whole. Which layers: the first ones, a list, or by measurement on observations: "influence" drops those
 that turn the hidden state least (block influence, Men et al. 2024, arXiv 2403.03853), "angular" the run of layers over
 which it turns least (Gromov et al. 2024, arXiv 2403.17887; here the mean over all tokens, not the last one). heal=ridge
-refits a tap's projections to the keys and values that the whole network would have had. None of this is free: a
+refits a tap's projections to the keys and values that the whole network would have had; with mode=drop it refits
+down_proj of the layer before a gap to the hidden state behind the gap (ReplaceMe: Shopkhoev et al. 2025, arXiv
+2505.02819), both in closed form and judged on observations held out. None of this is free: a
 checkpoint that was trained with N layers drifts with fewer. Free is only a tap on the last layer, of which nothing but
 keys and values is read.
 """
@@ -13,6 +15,7 @@ keys and values is read.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -86,8 +89,6 @@ def _requires(
     pairs = pairs_of(policy.spec)
     if mode == "kv-tap" and not (pairs and hasattr(policy.spec, "kv_taps")):
         raise Inapplicable(f"{policy.family} draws no taps for an expert", remedy="mode=drop")
-    if heal != "none" and mode != "kv-tap":
-        raise Inapplicable(f"heal={heal} refits taps", remedy="mode=kv-tap, or heal=none")
     if heal != "none" and samples < 2:
         raise Inapplicable(f"samples={samples}: healing holds observations out to be judged, at least 2 are needed")
 
@@ -244,6 +245,69 @@ def _collect(policy: Policy, weights: Sequence[str], given: Sequence[Any], which
     return result
 
 
+def heal_gaps(
+    policy: Policy, cut: Policy, kept: Sequence[int], given: Sequence[Any]
+) -> tuple[Policy, Mapping[str, Any]]:
+    """down_proj before every gap of `cut` refitted: what it adds leads to the hidden state behind the gap.
+
+    With M what the layer's MLP gives and Y what it is added to, M T + Y should be the hidden state L that `policy` has
+    behind the gap: T by ridge towards the identity, and T^T times down_proj is the healed weight.
+    """
+    judges = max(1, len(given) // 4)
+    after_last = () if pairs_of(policy.spec) else (policy.spec.text.num_hidden_layers,)  # no expert reads that far
+    gaps = [(new, end - 1) for new, (old, end) in enumerate(itertools.pairwise((*kept, *after_last))) if end > old + 1]
+    errors, healed = np.zeros(3), 0
+    for new, behind in gaps:
+        weight, after = f"text.layers.{new}.mlp.down_proj.weight", f"text.layers.{behind}.hidden"
+        program, whole = calibrate.draw(cut), calibrate.draw(policy)
+        found = calibrate.linears(program, weight)
+        sums = [
+            (s, n.inputs[0], n.inputs[1])
+            for s, _, made in found
+            for n in program.stage(s).nodes
+            if n.op == "add" and made == n.inputs[1]
+        ]
+        places = [s.name for s in whole.stages if any(n.name == after for n in s.nodes)]
+        if not sums or not places:
+            continue
+        (stage, base, made), place = sums[0], places[0]
+        mine, theirs = _rows(cut, stage, (base, made), given), _rows(policy, place, (after,), given)
+        m, y = (
+            [np.concatenate(part).astype(np.float64) for part in (v[:-judges], v[-judges:])]
+            for v in ([r[made] for r in mine], [t[after] - r[base] for r, t in zip(mine, theirs, strict=True)])
+        )
+        start = np.eye(m[0].shape[1])
+        turn = ridge(m[0], y[0], start)
+        errors += [((m[1] @ t.T - y[1]) ** 2).sum() for t in (start, turn)] + [(y[1] ** 2).sum()]
+        w = turn @ cut.weights[weight].load().astype(np.float64)
+        cut = cut.replace(
+            weights=cut.weights.with_(**{weight: LazyTensor.of(w.astype(np.float32), f"{weight} healed")})
+        )
+        healed += 1
+    if not healed:
+        raise Inapplicable("no kept layer stands before a gap whose far side is computed", remedy="heal=none")
+    figures = {
+        "held_out_observations": judges,
+        "healed_gaps": healed,
+        "held_out_hidden_error_before": round(float(errors[0] / errors[2]), 6),
+        "held_out_hidden_error_after": round(float(errors[1] / errors[2]), 6),
+    }
+    return cut, figures
+
+
+def _rows(policy: Policy, stage: str, names: Sequence[str], given: Sequence[Any]) -> list[dict[str, NpArray]]:
+    """Valid rows of values of a stage, for each observation."""
+    found: list[dict[str, NpArray]] = []
+    extra = {"prefix_valid"} & {m.name for m in calibrate.draw(policy).stage(stage).nodes}
+
+    def see(i: int, _: str, values: Mapping[str, NpArray]) -> None:
+        if i == len(found):
+            found.append({n: np.array(calibrate.valid_rows(values, n)) for n in names})
+
+    calibrate.watch(policy, given, {stage: {*names, *extra}}, see)
+    return found
+
+
 # --- the pass --------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +326,7 @@ def _apply(
         figures["influence"] = " ".join(f"{1 - cosine[i, i + 1]:.4f}" for i in range(n))
     after = dropped_whole(policy, kept) if mode == "drop" else tapped(policy, kept)
     if heal == "ridge":
-        after, healed = heal_taps(policy, after, given)
+        after, healed = heal_gaps(policy, after, kept, given) if mode == "drop" else heal_taps(policy, after, given)
         figures |= healed
     figures |= {
         "layers_before": n,

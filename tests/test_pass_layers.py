@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint_files import GOLDEN
 from conftest import GoldenFolder
+from test_openvla import OFT_SPEC
 
 from vlac import calibrate
 from vlac.api import apply_passes, lower_for
@@ -15,7 +18,7 @@ from vlac.engines.base import NpArray
 from vlac.errors import Inapplicable
 from vlac.passes.truncate_layers import choose, parse_layers, ridge
 from vlac.policy import Policy
-from vlac.registry import targets
+from vlac.registry import ReadOptions, targets
 
 pytest.importorskip("torch")
 
@@ -106,6 +109,28 @@ def test_truncated_policies_lower(tiny: Policy) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "options", "recipe"),
+    [
+        ("smolvla_tiny", {}, "select=list,layers=0-1+3"),
+        ("groot_n17_tiny", {}, "keep=3"),
+        ("openvla_oft_tiny", {"unnorm_key": "bridge_orig", "spec": OFT_SPEC}, "keep=1"),
+    ],
+)
+def test_a_gap_is_healed_in_the_layer_before(name: str, options: dict[str, Any], recipe: str) -> None:
+    """The hidden state behind the gap comes closer on observations that were held out, and so does the chunk."""
+    policy = read_policy(str(GOLDEN / name / "checkpoint"), ReadOptions(**options))
+    given = calibrate.observations(policy, 2)
+    want = calibrate.watch(policy, given, {}, lambda *_: None)
+    drifts = []
+    for heal in ("none", "ridge"):
+        after = apply_passes(policy, [f"truncate-layers:{recipe},heal={heal}"])
+        drifts.append(calibrate.drift(calibrate.watch(after, given, {}, lambda *_: None), want))
+    figures = after.history[0].figures
+    assert figures["held_out_hidden_error_after"] < 0.85 * figures["held_out_hidden_error_before"]
+    assert drifts[1] < drifts[0]
+
+
+@pytest.mark.parametrize(
     ("params", "says"),
     [
         ("keep=4", "keeping 4 of 4 layers: 1 to 3"),
@@ -117,7 +142,8 @@ def test_truncated_policies_lower(tiny: Policy) -> None:
         ("layers=0-1", "goes with select=list"),
         ("keep=2,select=best", "first, list, influence, angular"),
         ("keep=2,mode=skip", "drop, kv-tap"),
-        ("keep=2,heal=ridge", "mode=kv-tap"),
+        ("keep=2,heal=ridge", "no kept layer stands before a gap"),
+        ("keep=2,heal=lora", "none, ridge"),
         ("keep=2,mode=kv-tap,heal=ridge,samples=1", "at least 2"),
         ("keep=2,select=angular,samples=0", "at least 1 observation"),
     ],
