@@ -530,6 +530,69 @@ def _beside_peers(
     typer.echo(as_json(report) if machine_readable else table(report["rows"]))
 
 
+@app.command("serve")
+@guarded
+def serve_command(
+    path: Annotated[str, typer.Argument(metavar="out/|FILE.gguf|CKPT", help="An artifact; a checkpoint runs in fp32.")],
+    protocol: Annotated[str, typer.Option(metavar="openpi|lerobot|http", help="What the clients speak.")] = "http",
+    host: Annotated[str, typer.Option(help="Address to listen on; others can reach it unless it is loopback.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Default: 8000, lerobot 8080; 0 takes a free one.")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="VLAC_TOKEN", help="What a client must send; default: nothing.")
+    ] = None,
+    max_bytes: Annotated[int, typer.Option(min=1024, help="Largest message that is read.")] = 32 << 20,
+    max_clients: Annotated[int, typer.Option(min=1, help="How many may be connected.")] = 64,
+    fps: Annotated[int, typer.Option(min=1, help="The robot's control rate: deadlines and recordings.")] = 30,
+    record: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write observations and chunks there as a LeRobotDataset.")
+    ] = None,
+    dashboard: Annotated[bool, typer.Option("--dashboard", help="A page that shows what happens.")] = False,
+    shadow: Annotated[
+        str | None, typer.Option(metavar="REFERENCE", help="Compare chunks with another policy, in its own process.")
+    ] = None,
+    shadow_every: Annotated[int, typer.Option(min=1, help="With --shadow: every Nth chunk.")] = 10,
+    limit: Annotated[
+        list[str] | None, typer.Option("--limit", help='Such as "range<=0.05", "jerk<=2", "drift<=0.1"; repeatable.')
+    ] = None,
+    hold: Annotated[
+        str | None, typer.Option(metavar="last|zero", help="What is answered when a limit does not hold.")
+    ] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option("--rename", metavar="THEIRS=OURS", help="A client's key under the policy's name; repeatable."),
+    ] = None,
+    engine: Engine = None,
+    threads: Threads = None,
+) -> None:
+    """Serve a policy to robots, for clients that exist: openpi's, LeRobot's, or plain HTTP.
+
+    SIGTERM ends it after what waits is answered. See docs/serve.md.
+    """
+    from vlac.serve.run import Options, serve
+
+    options = Options(
+        protocol=protocol,
+        host=host,
+        port=port,
+        token=token,
+        max_bytes=max_bytes,
+        max_clients=max_clients,
+        fps=fps,
+        record=record,
+        dashboard=dashboard,
+        shadow=shadow,
+        shadow_every=shadow_every,
+        limits=tuple(limit or ()),
+        hold=hold,
+        rename=key_values(rename, "--rename"),
+    )
+    serve(path, options, engine=engine, threads=threads, say=lambda text: typer.echo(text, err=True))
+
+
 @app.command("eval")
 @guarded
 def eval_command(
@@ -679,6 +742,27 @@ def report_command(
         typer.echo(as_json({"path": str(out), "artifacts": [vars(e) for e in entries]}))
     else:
         typer.echo(f"{summary_text(entries)}\n\nreport: {out.resolve()}")
+
+
+@app.command("export")
+@guarded
+def export_command(
+    path: Annotated[str, typer.Argument(metavar="out/", help="An artifact of one ONNX graph (--single-file).")],
+    policy_package: Annotated[
+        Path,
+        typer.Option("--policy-package", metavar="DIR", help="A new folder: model, manifest and the steps around it."),
+    ],
+    backend: Annotated[
+        str | None, typer.Option(metavar="onnx|openvino", help="What runs the model; default: by the target.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Write an artifact as a package that other runtimes load, such as Intel's physicalai."""
+    from vlac.policy_package import write_package
+    from vlac.tables import as_json
+
+    written = write_package(path, policy_package, backend)
+    typer.echo(as_json({"path": str(written)}) if json_output else f"wrote {written}")
 
 
 @app.command("run")

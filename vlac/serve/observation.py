@@ -1,0 +1,170 @@
+"""From what a client sends to an observation: which key is a camera, the state, the instruction; checked by name.
+
+Keys may be flat ("observation/state", "observation.images.top", "top") or nested ("images": {"top": ...}). An unknown
+key is refused: a camera with a wrong name would otherwise be a camera that is silently missing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from vlac.io import IO
+from vlac.serve.refusal import Refused
+
+NpArray = np.ndarray[Any, Any]
+
+STATES = ("state", "agent_pos")
+TASKS = ("task", "prompt", "instruction")
+MOMENT = "moment"
+"""[seed, step], whole numbers: the sampler's noise is drawn from them, as `vlac eval` draws it."""
+MAX_SIDE, MAX_TASK = 8192, 4096
+_SEEDS = 2**63
+
+
+class ObservationReader:
+    """Reads the observations of one policy.
+
+    Args:
+        io: of the policy.
+        rename: a client's key -> the policy's camera key, "state" or "task".
+    """
+
+    def __init__(self, io: IO, rename: Mapping[str, str] | None = None) -> None:
+        self._io = io
+        names = {c.key: c.key for c in io.cameras} | {c.name: c.key for c in io.cameras}
+        self._cameras = {_plain(k): v for k, v in names.items()}
+        self._rename = {_plain(k): _plain(v) for k, v in (rename or {}).items()}
+        self.keys = (*(c.key for c in io.cameras), *(["observation.state"] if io.state_dim else []), "prompt")
+
+    def read(self, found: Any) -> dict[str, Any]:
+        """{"images", "state", "task", "moment" (or None)}; images uint8 [H, W, 3] or float32 in [0, 1], own copies.
+
+        Raises Refused("input") naming the key, what it holds and what was expected.
+        """
+        if not isinstance(found, Mapping):
+            raise Refused("malformed", f"an observation is a mapping, this is {_kind(found)}")
+        seen: dict[str, Any] = {"images": {}, "state": None, "task": None, "moment": None}
+        for key, value in _flat(found):
+            self._take(seen, key, value)
+        if seen["task"] is None and self._io.text_steps:
+            raise Refused("input", "no instruction is given", remedy="send it as prompt or task")
+        if seen["state"] is None and self._io.state_dim:
+            raise Refused("input", f"no state is given, expected {self._io.state_dim} numbers as observation.state")
+        return seen
+
+    def _take(self, seen: dict[str, Any], key: str, value: Any) -> None:
+        plain = _plain(key)
+        plain = self._rename.get(plain, plain)
+        last = plain.rsplit(".", 1)[-1]
+        camera = self._cameras.get(plain) or self._cameras.get(last)
+        if camera is not None:
+            if camera in seen["images"]:
+                raise Refused("input", f"camera {camera} is given twice, the second time as {key!r}")
+            seen["images"][camera] = picture(key, value)
+        elif last in STATES:
+            seen["state"] = self._state(key, value)
+        elif last in TASKS:
+            seen["task"] = _task(key, value)
+        elif plain == MOMENT:
+            seen["moment"] = moment(value)
+        else:
+            known = ", ".join((*self.keys, MOMENT))
+            raise Refused(
+                "input", f"unknown key {key[:80]!r}; this policy takes {known}", remedy="`vlac serve --rename` maps it"
+            )
+
+    def _state(self, key: str, value: Any) -> NpArray | None:
+        if value is None:
+            return None
+        state = numbers(key, value).reshape(-1)
+        if len(state) != self._io.state_dim:
+            raise Refused("input", f"{key} has {len(state)} numbers, expected {self._io.state_dim}")
+        return state
+
+
+def _flat(found: Mapping[Any, Any], inside: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    for key, value in found.items():
+        if not isinstance(key, str):
+            raise Refused("input", f"a key is {_kind(key)}, expected text")
+        name = f"{inside}/{key}" if inside else key
+        if isinstance(value, Mapping):
+            if depth == 2:
+                raise Refused("input", f"{name[:80]!r} is nested too deep")
+            yield from _flat(value, name, depth + 1)
+        else:
+            yield name, value
+
+
+def _plain(key: str) -> str:
+    return re.sub(r"/+", ".", key)
+
+
+def _kind(value: Any) -> str:
+    return f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+
+
+def picture(key: str, value: Any) -> NpArray:
+    """uint8 [H, W, 3], or float in [0, 1]; [3, H, W] is turned round; a leading 1 is allowed."""
+    if not isinstance(value, np.ndarray):
+        raise Refused("input", f"{key} is {_kind(value)}, expected a picture as an array, uint8 [H, W, 3]")
+    array = value[0] if value.ndim == 4 and value.shape[0] == 1 else value
+    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[2] != 3 or not all(1 <= s <= MAX_SIDE for s in array.shape[:2]):
+        raise Refused("input", f"{key} has shape {list(value.shape)[:8]}, expected [H, W, 3] of at most {MAX_SIDE}")
+    if array.dtype == np.uint8:
+        return np.array(array, order="C")
+    if array.dtype.kind != "f":
+        raise Refused("input", f"{key} is {array.dtype}, expected uint8, or float in [0, 1]")
+    if not np.isfinite(array).all():
+        raise Refused("input", f"{key} holds NaN or Inf")
+    if array.min() < 0 or array.max() > 1:
+        raise Refused("input", f"{key} is {array.dtype} from {array.min():.3g} to {array.max():.3g}, expected 0 to 1")
+    return np.array(array, dtype=np.float32, order="C")
+
+
+def numbers(key: str, value: Any) -> NpArray:
+    """float32, finite, of an array or a list of numbers."""
+    if not isinstance(value, (np.ndarray, list, tuple, int, float, np.number)) or isinstance(value, bool):
+        raise Refused("input", f"{key} is {_kind(value)}, expected numbers")
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind not in "iuf":
+            raise ValueError(f"its type is {array.dtype}")
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise Refused("input", f"{key} holds no numbers: {str(error)[:120]}") from None
+    if not np.isfinite(array).all():
+        raise Refused("input", f"{key} holds NaN or Inf")
+    return np.array(array)
+
+
+def _task(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise Refused("input", f"{key} is {_kind(value)}, expected text")
+    if len(value) > MAX_TASK:
+        raise Refused("input", f"{key} has {len(value)} characters, expected at most {MAX_TASK}")
+    if not value.isprintable() and any(ord(c) < 32 and c not in "\n\t\r" for c in value):
+        raise Refused("input", f"{key} has control characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Refused("input", f"{key} is no valid text") from None
+    return value
+
+
+def moment(value: Any) -> tuple[int, int]:
+    """(seed, step) of a list or an integer array of two."""
+    found = value.tolist() if isinstance(value, np.ndarray) and value.size == 2 else value
+    if (
+        not isinstance(found, (list, tuple))
+        or len(found) != 2
+        or not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < _SEEDS for v in found)
+    ):
+        raise Refused("input", "moment is not [seed, step], two whole numbers from 0 on")
+    return found[0], found[1]

@@ -1,0 +1,277 @@
+"""Plain HTTP: POST /act with JSON, pictures as .npy, PNG or JPEG in base64; the chunk as JSON or .npy.
+
+The OpenAPI description is at /openapi.json and a page of it, which loads nothing from elsewhere, at /docs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import io
+import json
+import logging
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlac import __version__
+from vlac.serve.core import Answer, Core
+from vlac.serve.observation import MAX_SIDE, ObservationReader
+from vlac.serve.pages import Pages
+from vlac.serve.refusal import Refused
+from vlac.serve.wire import need, npy, npy_bytes
+
+NpArray = np.ndarray[Any, Any]
+log = logging.getLogger("vlac.serve")
+NPY = "application/x-npy"
+FORMS = ("npy", "png", "jpeg")
+READ_S = 20.0
+"""A body must be here within this time."""
+
+IDLE_S = 30.0
+
+
+@dataclass
+class _Known:
+    in_flight: int = 0
+    last: float = 0.0
+
+
+class Web:
+    """The protocol on one core; `serve` runs until `stop` is set."""
+
+    name = "http"
+
+    def __init__(self, core: Core, reader: ObservationReader, pages: Pages, max_bytes: int) -> None:
+        self.core, self.reader, self.pages, self.max_bytes = core, reader, pages, max_bytes
+        self._known: dict[str, _Known] = {}
+
+    async def serve(self, host: str, port: int, stop: asyncio.Event, ready: Any) -> None:
+        """Listens; calls ready(port) once it does."""
+        uvicorn = need("uvicorn")
+        config = uvicorn.Config(
+            self.app(), host=host, port=port, log_level="warning", access_log=False, lifespan="off",
+            limit_concurrency=4 * self.core.max_clients, timeout_keep_alive=30, timeout_graceful_shutdown=12,
+            server_header=False, ws="none", http="h11", loop="none", h11_max_incomplete_event_size=16384,
+        )  # fmt: skip
+        server = uvicorn.Server(config)
+        server.capture_signals = contextlib.nullcontext  # signals are ours
+        task = asyncio.create_task(server.serve())
+        while not server.started and not task.done():
+            await asyncio.sleep(0.01)
+        if task.done():
+            await task
+            raise OSError(f"cannot listen on {host}:{port}")
+        ready(server.servers[0].sockets[0].getsockname()[1])
+        await stop.wait()
+        await asyncio.to_thread(self.core.close)
+        server.should_exit = True
+        await task
+
+    def app(self) -> Any:
+        """The ASGI application."""
+        fastapi = need("fastapi")
+        app = fastapi.FastAPI(
+            title="vlac serve", version=__version__, docs_url=None, redoc_url=None, description=_DESCRIPTION
+        )
+
+        async def act(request: Any) -> Any:
+            try:
+                return self._reply(request, await self._act(request))
+            except Refused as error:
+                body = {"error": error.code, "message": error.message, "remedy": error.remedy}
+                return fastapi.responses.JSONResponse(body, status_code=error.status)
+
+        act.__annotations__ = {"request": fastapi.Request, "return": fastapi.Response}
+        app.post("/act", openapi_extra=_BODY, responses=_RESPONSES, summary="One observation, one action chunk")(act)
+
+        async def page(request: Any) -> Any:
+            target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+            status, kind, body = self.pages.get(target, request.headers.get("authorization", ""))
+            return fastapi.Response(body, status_code=status, headers=self.pages.headers(kind, body))
+
+        page.__annotations__ = {"request": fastapi.Request, "return": fastapi.Response}
+        for path, what in _PAGES.items():
+            app.get(path, summary=what)(page)
+
+        def docs() -> Any:
+            body = _page(app.openapi()).encode()
+            return fastapi.Response(body, headers=self.pages.headers("text/html; charset=utf-8", body))
+
+        docs.__annotations__ = {"return": fastapi.Response}
+        app.get("/docs", include_in_schema=False)(docs)
+        return app
+
+    async def _act(self, request: Any) -> Answer:
+        if not self.pages.allowed(request.headers.get("authorization", "")):
+            raise self.core.refused("unauthorised", "give the token", "send Authorization: Bearer TOKEN")
+        body = await self._body(request)
+        client = f"{request.client.host}:{request.headers.get('x-client', request.client.port)}"[:120]
+        self._enter(client)
+        try:
+            # parsing is away from the loop that carries the others
+            future = await asyncio.to_thread(self.core.ask, client, lambda: self._read(body))
+            return await asyncio.wrap_future(future)
+        finally:
+            self._known[client].in_flight -= 1
+            self._known[client].last = time.monotonic()
+
+    def _enter(self, client: str) -> None:
+        """HTTP does not tell when a client goes: one that was quiet for IDLE_S has gone, or earlier where others wait
+        for its place."""
+        now = time.monotonic()
+        if client not in self._known:
+            idle = sorted((k for k, v in self._known.items() if not v.in_flight), key=lambda k: self._known[k].last)
+            full = len(self._known) >= self.core.max_clients
+            for name in [k for i, k in enumerate(idle) if (full and i == 0) or now - self._known[k].last > IDLE_S]:
+                del self._known[name]
+                self.core.disconnect(name)
+        self.core.connect(client)
+        known = self._known.setdefault(client, _Known())
+        known.in_flight, known.last = known.in_flight + 1, now
+
+    async def _body(self, request: Any) -> bytes:
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise self.core.refused("malformed", "the content type is not application/json")
+        body = bytearray()
+        too_large = f"the body has more than {self.max_bytes} bytes"
+        if int(request.headers.get("content-length") or 0) > self.max_bytes:
+            raise self.core.refused("too_large", too_large, "`vlac serve --max-bytes`")
+
+        async def collect() -> None:
+            async for part in request.stream():
+                body.extend(part)
+                if len(body) > self.max_bytes:
+                    raise self.core.refused("too_large", too_large, "`vlac serve --max-bytes`")
+
+        try:
+            await asyncio.wait_for(collect(), READ_S)
+        except asyncio.TimeoutError:
+            raise self.core.refused("malformed", f"the body did not arrive within {READ_S:g} s") from None
+        except need("starlette.requests").ClientDisconnect:
+            raise self.core.refused("malformed", "the client went away in the middle of its message") from None
+        return bytes(body)
+
+    def _read(self, body: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise Refused("malformed", f"no JSON: {str(error)[:120]}") from None
+        return self.reader.read(_decoded(found))
+
+    def _reply(self, request: Any, answer: Answer) -> Any:
+        responses = need("fastapi.responses")
+        if NPY in request.headers.get("accept", ""):
+            headers = {"X-Held": str(answer.held).lower(), "X-Limits": "; ".join(answer.said)}
+            return responses.Response(npy_bytes(answer.chunk), media_type=NPY, headers=headers)
+        return responses.JSONResponse(
+            {
+                "actions": answer.chunk.tolist(),
+                "timing": dict(answer.timing),
+                "limits": list(answer.said),
+                "held": answer.held,
+            }
+        )
+
+
+def _decoded(found: Any, depth: int = 0) -> Any:
+    if not isinstance(found, dict) or depth > 2:
+        return found
+    if len(found) == 1 and next(iter(found)) in FORMS:
+        return _array(*next(iter(found.items())))
+    return {k: _decoded(v, depth + 1) for k, v in found.items()}
+
+
+def _array(form: str, text: Any) -> NpArray:
+    if not isinstance(text, str):
+        raise Refused("malformed", f"{form} is not base64 text")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refused("malformed", f"{form} is not base64: {error}") from None
+    return npy(data) if form == "npy" else _picture(form, data)
+
+
+def _picture(form: str, data: bytes) -> NpArray:
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=[form.upper()]) as image:
+                if max(image.size) > MAX_SIDE:
+                    raise Refused("input", f"a picture of {image.size}, expected at most {MAX_SIDE} on a side")
+                return np.array(image.convert("RGB"))
+    except Refused:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen types for broken files
+        raise Refused("malformed", f"no {form} picture: {type(error).__name__} {str(error)[:120]}") from None
+
+
+def _page(schema: dict[str, Any]) -> str:
+    """A plain page of an OpenAPI description."""
+    import html
+
+    rows = []
+    for path, methods in schema["paths"].items():
+        for method, what in methods.items():
+            detail = html.escape(json.dumps({k: what[k] for k in ("requestBody", "responses") if k in what}, indent=2))
+            title = f"<code>{method.upper()} {html.escape(path)}</code> {html.escape(what.get('summary', ''))}"
+            rows.append(f"<details><summary>{title}</summary><pre>{detail}</pre></details>")
+    about = html.escape(schema["info"].get("description", ""))
+    return (
+        "<!doctype html><meta charset=utf-8><title>vlac serve</title>"
+        "<style>body{font:15px sans-serif;max-width:60em;margin:2em auto}pre{background:#f4f4f4;padding:1em;"
+        "overflow:auto}summary{margin:.6em 0;cursor:pointer}</style>"
+        f"<h1>vlac serve</h1><pre>{about}</pre>{''.join(rows)}<p>Machine-readable: <code>/openapi.json</code></p>"
+    )
+
+
+_PAGES = {
+    "/healthz": "Whether it serves; 503 while it ends",
+    "/metrics": "For Prometheus",
+    "/policy": "What the policy takes and gives",
+    "/dashboard": "The dashboard, with --dashboard",
+    "/dashboard.json": "What the dashboard shows",
+}
+_DESCRIPTION = """POST /act takes one observation as JSON and answers an action chunk.
+Keys: the policy's cameras (GET /policy names them), observation.state, prompt (or task), and moment [seed, step], from
+which the sampler's noise is drawn. A picture is {"npy": BASE64}, {"png": BASE64} or {"jpeg": BASE64}.
+Header X-Client names a client whose requests come over several connections."""
+_PICTURE = {"type": "object", "properties": {f: {"type": "string", "format": "byte"} for f in FORMS}}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "images": {"type": "object", "additionalProperties": _PICTURE},
+                        "state": {"type": "array", "items": {"type": "number"}},
+                        "prompt": {"type": "string"},
+                        "moment": {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2},
+                    },
+                }
+            }
+        },
+    }
+}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "actions [N][A] in the robot's units; as .npy with Accept: application/x-npy",
+        "content": {"application/json": {}, NPY: {}},
+    },
+    400: {"description": "malformed"},
+    401: {"description": "unauthorised"},
+    409: {"description": "superseded by a newer observation of the same client"},
+    413: {"description": "too_large"},
+    422: {"description": "input: the observation does not fit the policy"},
+    500: {"description": "engine, failed"},
+    503: {"description": "draining, too_many_clients, limit"},
+}
