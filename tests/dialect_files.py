@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import struct
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,3 +101,72 @@ def edited(path: Path, to: Path, edit: Callable[[dict[str, Value], Tensors], Any
 
 def shape_of(tensors: Tensors, name: str) -> Sequence[int]:
     return tensors[name][1]
+
+
+def mutate(raw: bytes, header: int, rng: random.Random) -> bytes:
+    """One of: a bit, a byte or an aligned word of the header; bits of data; a cut; two header pieces exchanged."""
+    data = bytearray(raw)
+    kind = rng.randrange(7)
+    at = rng.randrange(header)
+    if kind == 0:
+        data[at] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        data[at] = rng.randrange(256)
+    elif kind == 2:
+        struct.pack_into("<I", data, at, rng.choice([0, 1, 4, 5, 8, 16, 0xFFFFFFFF, rng.getrandbits(32)]))
+    elif kind == 3:
+        struct.pack_into("<Q", data, at, rng.choice([0, 1, 1 << 31, 1 << 63, rng.getrandbits(64)]))
+    elif kind == 4:
+        del data[rng.randrange(len(data)) :]
+    elif kind == 5:
+        size, other = rng.randrange(1, 24), rng.randrange(header)
+        data[at : at + size], data[other : other + size] = data[other : other + size], data[at : at + size]
+    else:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+def alter(keys: dict[str, Value], tensors: Tensors, rng: random.Random) -> None:
+    """One or two changes that leave a header well formed: a number, a key, a type, a shape, a tensor, data."""
+    numbers = [k for k, v in keys.items() if v.kind == "u32" and k != "general.alignment"]
+    for _ in range(rng.choice([1, 1, 2])):
+        name, key = rng.choice(list(tensors)), rng.choice(numbers)
+        kind, shape, data = tensors[name]
+        value = keys[key].value
+        change = rng.randrange(9)
+        if change == 0:
+            near = [value + 1, value - 1, value * 2, value // 2] if isinstance(value, int) else []
+            keys[key] = Value("u32", max(0, rng.choice([*near, 0, 1, 2, 3, 64, 1024, 4096])))
+        elif change == 1:
+            keys[key] = Value(rng.choice(["i32", "u64", "f32"]), keys[key].value)
+        elif change == 2:
+            keys.pop(key, None)
+            numbers = [k for k in numbers if k in keys]
+        elif change == 3:
+            tensors[name] = (rng.choice(["f32", "f16", "bf16"]), shape, data)
+        elif change == 4 and shape[-1] % 32 == 0:
+            tensors[name] = (rng.choice(["q8_0", "q4_0", "iq4_nl"]), shape, data)
+        elif change == 5:
+            tensors[name] = (kind, rng.choice([shape[::-1], (1, *shape)[:4], (*shape[:-1], shape[-1] + 1)]), data)
+        elif change == 6:
+            del tensors[name]
+        elif change == 7:
+            tensors[f"extra.{rng.randrange(9)}"] = (kind, shape, data)
+        else:
+            noise = np.frombuffer(rng.randbytes(data.size), np.uint8)
+            tensors[name] = (kind, shape, noise)
+
+
+def mutants(source: Path, folder: Path, count: int, seed: int) -> Iterator[Path]:
+    """`count` files made from `source` without vlac's checksums, every second one by bytes, the others well formed."""
+    rng, plain = random.Random(seed), stripped(source, folder / "plain.gguf")
+    raw, header = plain.read_bytes(), read_gguf(plain).data_start
+    for i in range(count):
+        path = folder / f"{i:05}.gguf"
+        if i % 2:
+            path.write_bytes(mutate(raw, header, rng))
+        else:
+            keys, tensors = take_apart(plain)
+            alter(keys, tensors, rng)
+            put_together(path, keys, tensors)
+        yield path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -406,29 +405,6 @@ def test_nan_and_changed_bytes_are_found(qvac: Path, tmp_path: Path) -> None:
         check_file(tmp_path / "flip.gguf")
 
 
-def mutate(raw: bytes, header: int, rng: random.Random) -> bytes:
-    """One of: a bit, a byte or an aligned word of the header; bits of data; a cut; two header pieces exchanged."""
-    data = bytearray(raw)
-    kind = rng.randrange(7)
-    at = rng.randrange(header)
-    if kind == 0:
-        data[at] ^= 1 << rng.randrange(8)
-    elif kind == 1:
-        data[at] = rng.randrange(256)
-    elif kind == 2:
-        struct.pack_into("<I", data, at, rng.choice([0, 1, 4, 5, 8, 16, 0xFFFFFFFF, rng.getrandbits(32)]))
-    elif kind == 3:
-        struct.pack_into("<Q", data, at, rng.choice([0, 1, 1 << 31, 1 << 63, rng.getrandbits(64)]))
-    elif kind == 4:
-        del data[rng.randrange(len(data)) :]
-    elif kind == 5:
-        size, other = rng.randrange(1, 24), rng.randrange(header)
-        data[at : at + size], data[other : other + size] = data[other : other + size], data[at : at + size]
-    else:
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    return bytes(data)
-
-
 def engine_relevant(path: Path) -> tuple[dict[str, Value], dict[str, tuple[Any, ...]]]:
     """What an engine reads of a header: its keys, and where each tensor of its own lies with what shape and type."""
     file = read_gguf(path)
@@ -446,7 +422,7 @@ def test_mutated_files_do_not_get_past_the_check(qvac: Path, tmp_path: Path, for
     original = engine_relevant(source)
     rng, path, passed = random.Random(11 + foreign), tmp_path / "mutant.gguf", 0
     for _ in range(500):
-        path.write_bytes(mutate(raw, header, rng))
+        path.write_bytes(files.mutate(raw, header, rng))
         try:
             check_file(path, "qvac")
         except VlacError:
