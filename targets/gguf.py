@@ -275,7 +275,8 @@ def _target(name: str, recipe: Recipe) -> Target:
 
     plan = _plan(recipe.linear, recipe.finer)
     dialects = dialects_of(_plan(recipe.linear), recipe.file_type, naming)
-    return Target(name, plan, _lower, emit, engines=("ggml", "torch"), doc=recipe.doc, dialects=dialects)
+    own = ("smooth-norms",) if get_format(recipe.linear).block > 1 else ()  # ggml rounds activations with those to int8
+    return Target(name, plan, _lower, emit, engines=("ggml", "torch"), doc=recipe.doc, passes=own, dialects=dialects)
 
 
 for _name, _recipe in _RECIPES.items():

@@ -31,6 +31,10 @@ STATIC_OPS = ("column_mean", "pack_codes", "unpack_codes")
 """Ops that are written for known shapes only."""
 
 
+OWN_PASSES = {"int8": ("smooth-norms",), "int4": ("smooth-norms",)}
+"""Channels that tower over the others would take the codes of all: they move into the weights, exactly."""
+
+
 def _plan(precision: str) -> Callable[[str, tuple[int, ...], str], str]:
     linear, embed = _WIDTHS[precision]
     return lambda name, shape, role: {"linear": linear, "embed": embed}.get(role, "f32")
@@ -136,6 +140,7 @@ def _target(precision: str, doc: str) -> Target:
             engines=ENGINES,
             options={"single_file": "one model.onnx that makes the whole chunk, the flow steps in a Loop"},
             doc=doc,
+            passes=OWN_PASSES.get(precision, ()),
         )
     )
 

@@ -99,6 +99,18 @@ def apply_passes(policy: Policy, recipe: Sequence[str]) -> Policy:
     return policy
 
 
+def apply_own_passes(policy: Policy, target: Target) -> Policy:
+    """What a target wants done to every policy, where it applies; a pass that changed nothing is not noted."""
+    for step in target.passes:
+        try:
+            after = apply_passes(policy, [step])
+        except Inapplicable:
+            continue
+        if after.weights is not policy.weights:
+            policy = after
+    return policy
+
+
 def draw(policy: Policy) -> Program:
     """The program as the family draws it, checked, with weights that agree in shape."""
     from vlac.graph import check
@@ -233,6 +245,7 @@ def compile(
     )
     given_data = None if calibrate is None else Recorded(Path(calibrate), dict(rename or {}))
     policy = apply_passes(original.replace(recorded=given_data or original.recorded), steps)
+    policy = policy if dialect else apply_own_passes(policy, entry)
     fitted = fit_for(policy, entry, dialect) if dialect else lower_for(policy, entry, options)
     program, requested, role = fitted
     table = m.census(requested, program, role)

@@ -119,6 +119,7 @@ class Target:
             layout's files into the folder. The caller renames the folder into place.
         engines: names of engines that can run the result, best first.
         options: option name -> help (e.g. "single_file").
+        passes: what is applied after all passes asked for, where it applies and changes something ("smooth-norms").
         dialects: name -> how files for another engine are written, for --dialect.
     """
 
@@ -129,6 +130,7 @@ class Target:
     engines: tuple[str, ...]
     options: Mapping[str, str] = field(default_factory=dict)
     doc: str = ""
+    passes: tuple[str, ...] = ()
     dialects: Mapping[str, Dialect] = field(default_factory=dict)
 
 
