@@ -21,7 +21,7 @@ from vlac import calibrate
 from vlac.artifact import Golden
 from vlac.errors import Inapplicable
 from vlac.goldens import reference_session
-from vlac.graph import Repeat
+from vlac.graph import Repeat, Stage
 from vlac.ops import NpArray
 from vlac.policy import Policy
 from vlac.runtime.inputs import prepare
@@ -60,11 +60,14 @@ class Field:
         program = calibrate.draw(drawn)
         (self.step,) = [s for s in program.schedule.steps if isinstance(s, Repeat)]
         stage = program.stage(self.step.stage)
-        if not any(n.name == "velocity" for n in stage.nodes):
-            raise Inapplicable(f"{policy.family} names no velocity in its flow stage", remedy="another solver")
+        self.name = _velocity(stage)
+        if not self.name:
+            raise Inapplicable(f"{policy.family} draws no Euler step x + dt * velocity", remedy="another solver")
         program = program.replace(
             stages=tuple(
-                dataclasses.replace(s, outputs=(*s.outputs, "velocity")) if s.name == stage.name else s
+                dataclasses.replace(s, outputs=tuple(dict.fromkeys((*s.outputs, self.name))))
+                if s.name == stage.name
+                else s
                 for s in program.stages
             )
         )
@@ -93,10 +96,18 @@ class Field:
         env, symbols = self.ready[i]
         at = np.array([self.times.index(t)], dtype=np.int32)
         given = {**env, self.step.index: at, self.into: x.astype(np.float32)}
-        return self.session.run(self.step.stage, given, symbols)["velocity"].astype(np.float64)
+        return self.session.run(self.step.stage, given, symbols)[self.name].astype(np.float64)
 
     def close(self) -> None:
         self.session.close()
+
+
+def _velocity(stage: Stage) -> str:
+    """What an Euler step of the drawn stage multiplies by dt; empty where there is none."""
+    made = {n.name: n for n in stage.nodes}
+    step = made.get("x_next")
+    change = made.get(step.inputs[1]) if step is not None and step.op == "add" else None
+    return change.inputs[0] if change is not None and change.op == "mul" else ""
 
 
 @dataclass(frozen=True)
