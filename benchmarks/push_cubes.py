@@ -36,7 +36,7 @@ from vlac.statistics import paired
 RESULT = ROOT / "benchmarks" / "results" / "push_cubes.json"
 LEROBOT = ROOT / ".venv-lerobot" / "bin" / "python"
 POLICY = ROOT / "vlac" / "zoo" / "push_cubes"
-REFERENCE = "checkpoint fp32"
+REFERENCE, LEROBOT_ROW = "checkpoint fp32", "LeRobot 0.6.1"
 CONTROLS = 200
 """Episodes of a control; they fail, and so take all their steps."""
 TARGETS = ("gguf-f32", "gguf-f16", "gguf-bf16", "gguf-q8", "gguf-q6", "gguf-q5", "gguf-q4")
@@ -94,7 +94,7 @@ def of_lerobot(args: argparse.Namespace) -> Row:
     script = ROOT / "benchmarks" / "push_cubes_lerobot.py"
     command = [LEROBOT, script, POLICY, str(args.seed), str(args.episodes)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return {"target": "LeRobot 0.6.1", "engine": "torch, fp32", **kept(json.loads(done.stdout))}
+    return {"target": LEROBOT_ROW, "engine": "torch, fp32", **kept(json.loads(done.stdout))}
 
 
 def of_reference(args: argparse.Namespace, show: Any) -> Row:
@@ -140,18 +140,20 @@ def main() -> None:
     digest = hashlib.sha256((POLICY / "model.safetensors").read_bytes()).hexdigest()
     rows = earlier(args, digest)
     with progress(quiet=not sys.stderr.isatty()) as show:
-        wanted = [REFERENCE, *([] if args.no_lerobot or not LEROBOT.exists() else ["LeRobot 0.6.1"]), *args.targets]
+        wanted = [REFERENCE, *([] if args.no_lerobot or not LEROBOT.exists() else [LEROBOT_ROW]), *args.targets]
         for name in wanted:
             if name in rows:
                 continue
             if name == REFERENCE:
                 rows[name] = of_reference(args, show)
             else:
-                row = of_lerobot(args) if name.startswith("LeRobot") else of_target(name, args, show)
+                row = of_lerobot(args) if name == LEROBOT_ROW else of_target(name, args, show)
                 rows[name] = against(row, rows[REFERENCE])
             done = rows[name]["success"]
             print(f"{name}: {done['count']} of {done['of']} ({done['low']:.3f}..{done['high']:.3f})", flush=True)
-            write([rows[n] for n in wanted if n in rows], args, digest)
+            write(
+                [rows[n] for n in dict.fromkeys((REFERENCE, LEROBOT_ROW, *TARGETS, *rows)) if n in rows], args, digest
+            )
 
 
 if __name__ == "__main__":
