@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import dialect_files as files
@@ -60,3 +61,15 @@ def test_lerobot_runs_an_artifact_with_no_other_change(tmp_path: Path, target: s
     session.close()
     assert said["rolled"].shape[2] == artifact.io.action_dim and said["rolled"].shape[1] == 3
     np.testing.assert_allclose(said["rolled"][0], rolled[:3], rtol=1e-5, atol=1e-4)
+
+
+def test_push_cubes_ends_as_in_vlac_eval(tmp_path: Path) -> None:
+    """lerobot-eval's own rollout of the bundled policy, two seeds; benchmarks/push_cubes_plugin.py has fifty."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from push_cubes_plugin import compare
+
+    result = vlac.compile("push-cubes", target="onnx-fp32", out=tmp_path / "out", goldens=1)
+    assert result.path is not None
+    found = compare(result.path, tmp_path / "policy", 0, 2, "torch")
+    assert found["same_success"] == 2 and not found["different"]
+    assert found["same_steps"] == 2
