@@ -23,6 +23,8 @@ $pip "transformers==5.5.4" "draccus>=0.11.6,<0.12" "opencv-python-headless<4.14"
 $pip "datasets>=4.8,<5" "pandas>=2,<3" "pyarrow>=21,<30" "av>=15,<16" "jsonlines>=4,<5" "huggingface_hub>=1.6,<2"
 # what the bundled policy is trained in (scripts/train_push_cubes.py)
 $pip "pymunk>=7,<8" "matplotlib>=3.9,<4"
+# what its RobotClient talks to a server with (tests/test_serve_lerobot.py)
+$pip "grpcio>=1.73.1,<2" "protobuf>=6.31,<8"
 $pip --no-deps "accelerate>=1.14,<2" "torchvision==0.28.0"
 $pip --no-deps --ignore-requires-python lerobot==0.6.1
 # transformers is here, so Optimum's command line is tried here as well (tests/test_optimum.py)

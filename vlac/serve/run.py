@@ -17,6 +17,7 @@ from vlac.parity import joints_of
 from vlac.record import Recorder
 from vlac.serve.core import After, Core
 from vlac.serve.guard import Guard, parse_bound
+from vlac.serve.lerobot import LeRobot
 from vlac.serve.observation import ObservationReader
 from vlac.serve.openpi import OpenPI
 from vlac.serve.pages import Pages
@@ -123,6 +124,8 @@ def build(driver: Driver, options: Options) -> Served:
 def _protocol(options: Options, core: Core, reader: ObservationReader, pages: Pages) -> Any:
     if options.protocol == "openpi":
         return OpenPI(core, reader, pages, options.max_bytes)
+    if options.protocol == "lerobot":
+        return LeRobot(core, reader, pages, options.max_bytes, options.fps)
     return Web(core, reader, pages, options.max_bytes)
 
 
@@ -176,8 +179,11 @@ async def _until_signal(served: Served, options: Options, say: Callable[[str], N
     def ready(port: int) -> None:
         scheme = {"openpi": "ws", "lerobot": "grpc", "http": "http"}[options.protocol]
         say(f"serving {served.pages.facts['name']} as {options.protocol} on {scheme}://{options.host}:{port}")
-        if options.dashboard and options.protocol != "lerobot":
-            say(f"dashboard on http://{options.host}:{port}/dashboard")
+        web = getattr(served.protocol, "web_port", port)
+        if web != port:
+            say(f"plain HTTP, health and metrics on http://{options.host}:{web}")
+        if options.dashboard:
+            say(f"dashboard on http://{options.host}:{web}/dashboard")
 
     port = PORTS[options.protocol] if options.port is None else options.port
     await served.protocol.serve(options.host, port, stop, ready)
