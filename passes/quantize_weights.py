@@ -1,72 +1,134 @@
 """quantize-weights: a storage format for the weights whose names match a pattern, over the target's own plan.
 
-method=rtn rounds nothing here: the format joins the policy's precision plan (the last match wins), it lands on the
-lowered program, the target stores it, and the census in the manifest says what each tensor became. Patterns are
-therefore over the lowered program's names (`vlac inspect --program`), where q, k, v and gate, up are fused; a pattern
-that acts on nothing is refused there, with the names there are.
+bits= and group= name a grid that each target holds in a format of its own; format= names the format. method=rtn rounds
+nothing here: the format joins the policy's precision plan (the last match wins), lands on the lowered program, and the
+target rounds. Patterns are therefore over the lowered program's names (`vlac inspect --program`), where q, k, v and
+gate, up are fused; a pattern that acts on nothing is refused there, with the names there are.
 
-The other methods round the 4-bit formats (q4_0, int4: groups of 32) here, with what the layers read on observations
-over all steps of a sampler: "clip" searches each group's scale so that the error weighted by the inputs' mean squares
-is smallest; "gptq" keeps these scales and feeds each column's error back into the columns still to come (Frantar et al.
-2022, arXiv 2210.17323). rotate=32 (or 16) first turns every block of that many inputs by a Hadamard matrix (QuIP#,
-arXiv 2402.04396), which the artifact then does at run time, too. Stored values are exactly those found here. A pattern
-then has to match the family's own names as well, such as expert.* does.
+The other methods round here, layer after layer (vlac.propagate), with what each reads on observations over all steps of
+a sampler: "clip" searches scales, "hqq" zero points, "awq" eases weights through norms first, "gptq" feeds errors back
+into columns still to come, then revises codes and scales (vlac.rounding has the sources). rotate= turns inputs by
+Hadamard matrices (QuIP#, arXiv 2402.04396; QuaRot, 2404.00456), which the artifact then does at run time, too. Stored
+values are exactly those found here. A pattern then has to match the family's own names as well (expert.*).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 
 from vlac import calibrate
+from vlac.artifact import Golden
 from vlac.errors import Inapplicable
-from vlac.formats import FORMATS
+from vlac.formats import FORMATS, GRIDS
 from vlac.graph import Program
-from vlac.lower import roles
+from vlac.layerwise import METHODS, How, round_layer
+from vlac.lower import lower, roles
 from vlac.ops import NpArray
+from vlac.passes.smooth_norms import Smoothable, moved, smoothable
 from vlac.policy import Policy
+from vlac.propagate import Seen, propagate
 from vlac.registry import Pass, passes
-from vlac.rewrites.rotate import block_of, rotated
-from vlac.rounding import gptq, round_to_scales, search_scales
+from vlac.rewrites.corrections import ROUNDINGS, bias_name
+from vlac.rewrites.rotate import FULL, rotate_inputs
+from vlac.rounding import awq_factors, smooth_factors
 from vlac.weights import LazyTensor
 
-METHODS = ("rtn", "clip", "gptq")
-CAREFUL = ("q4_0", "int4")
-SIGNS = {"q4_0": (1.0, -1.0), "int4": (1.0,)}
-GROUP = 32
-WIDEST = 8192
-"""Inputs above which a layer's Gram matrix is not kept: gptq falls back to clip there, and the figures count it."""
-AT_ONCE = 1 << 27
-"""Numbers of Gram matrices held at a time; beyond it the observations are run again for the next layers."""
+ROTATIONS = {"none": 0, "hadamard": FULL, "block16": 16, "block32": 32, "0": 0, "16": 16, "32": 32}
+GROUPS = {"16": 16, "32": 32, "64": 64, "128": 128, "channel": 0}
+CAREFUL = {
+    "q4_0": (4, 32),
+    "int4": (4, 32),
+    "int4g16": (4, 16),
+    "int4g64": (4, 64),
+    "int4g128": (4, 128),
+    "q8_0": (8, 32),
+    "int8": (8, 0),
+    **{f"w{b}{f'g{g}' if g else 'row'}": (b, g) for b in (4, 8) for g in GROUPS.values()},
+}
+"""Formats whose codes can be chosen here -> bits and group."""
+WEIGHTED = ("q4_0", "q4_1", "q5_0", "iq4_nl", "q4_k", "q5_k", "q6_k")
+"""Formats that ggml packs by importance."""
 
-Read = tuple[str, str]
-"""Stage and value that a linear reads."""
+
+@dataclass(frozen=True)
+class Ask:
+    """The pass's parameters, checked: `format` is "" where only bits and group were given, `how` is how to round."""
+
+    format: str
+    match: str
+    how: How
+    rotate: int
+    importance: bool
+    act: str
+    smooth: float
+    bias_correct: bool
+    follow: bool
+    samples: int
+    observations: str
+
+    @property
+    def careful(self) -> bool:
+        return self.how.method != "rtn" or bool(self.rotate) or self.bias_correct
 
 
-def _requires(
-    policy: Policy, format: str, match: str, method: str, rotate: int, samples: int, observations: str
-) -> None:
-    if format not in FORMATS:
-        raise Inapplicable(f"no storage format {format!r}; there are: {', '.join(FORMATS)}")
-    if not match:
+def _one_of(name: str, value: str, legal: Any) -> None:
+    if value not in legal:
+        raise Inapplicable(f"{name}={value!r}; there are: {', '.join(legal)}")
+
+
+def _ask(policy: Policy, **p: Any) -> Ask:
+    """The parameters as one value; Inapplicable names one that is illegal, with the legal ones."""
+    _one_of("method", p["method"], METHODS)
+    _one_of("rotate", p["rotate"], ("none", "hadamard", "block16", "block32", *("0", "16", "32")))
+    _one_of("group", p["group"], GROUPS)
+    _one_of("act", p["act"], ("none", *ROUNDINGS))
+    _one_of("weighted", p["weighted"], ("auto", "none", "imatrix"))
+    if p["bits"] not in (0, 4, 8):
+        raise Inapplicable(f"bits={p['bits']}; there are: 4, 8", remedy="format= for others: " + ", ".join(FORMATS))
+    if bool(p["bits"]) == bool(p["format"]):
+        raise Inapplicable("give either bits= (4, 8) with group=, or format=: " + ", ".join(FORMATS))
+    if not p["match"]:
         raise Inapplicable("match= is empty", remedy="leave it out for all weights, or give a pattern: match=expert.*")
-    if method not in METHODS:
-        raise Inapplicable(f"method={method!r}; there are: {', '.join(METHODS)}")
-    if rotate not in (0, 16, 32):
-        raise Inapplicable(f"rotate={rotate}; there are: 0 (none), 16, 32")
-    if method == "rtn" and not rotate:
-        return
-    if format not in CAREFUL:
+    if not 0 <= p["smooth"] < 1:
+        raise Inapplicable(f"smooth={p['smooth']}: 0 (none) up to 1, such as 0.5")
+    group, method = GROUPS[p["group"]], p["method"]
+    fmt = p["format"] or ("q4_1" if method == "hqq" else f"w{p['bits']}{f'g{group}' if group else 'row'}")
+    if fmt not in FORMATS and fmt not in GRIDS:
+        raise Inapplicable(f"no storage format {fmt!r}; there are: {', '.join(FORMATS)}")
+    if method == "hqq" and (fmt != "q4_1" or p["bits"] == 8 or (p["bits"] and group != 32)):
+        raise Inapplicable("method=hqq chooses zero points, which format=q4_1 (4 bits, groups of 32) holds")
+    rotate = ROTATIONS[p["rotate"]]
+    if rotate and method == "hqq":
+        raise Inapplicable("rotate= with method=hqq", remedy="method=gptq or clip")
+    careful = method != "rtn" or bool(rotate)
+    if careful and fmt not in CAREFUL and method != "hqq":
         raise Inapplicable(
-            f"method={method}, rotate={rotate} with format={format}: rounding with care is for {', '.join(CAREFUL)}",
-            remedy="method=rtn for other formats",
+            f"method={method}, rotate={p['rotate']} with format={fmt}: rounding with care is for {', '.join(CAREFUL)}",
+            remedy="bits=4 or 8, or method=rtn with weighted=imatrix for other formats",
         )
-    if not _targets(calibrate.draw(policy), match):
+    weighted = p["weighted"] == "imatrix" or (p["weighted"] == "auto" and method != "rtn")
+    if p["weighted"] == "imatrix" and method == "rtn" and fmt not in WEIGHTED:
         raise Inapplicable(
-            f"match={match!r} matches no linear as {policy.family} names them",
+            f"weighted=imatrix with format={fmt}, method=rtn: ggml weights errors in {', '.join(WEIGHTED)}",
+            remedy="method=clip or gptq for grids of 4 and 8 bits",
+        )
+    bits, size = CAREFUL.get(fmt, (4, 32))
+    how = How(method, bits, size, rotate, weighted, 0.5 if p["follow"] else 0.0)
+    importance = p["weighted"] == "imatrix" and method == "rtn"
+    rest = (p["act"], p["smooth"], p["bias_correct"], p["follow"], p["samples"], p["observations"])
+    return Ask(fmt, p["match"], how, rotate, importance, *rest)
+
+
+def _requires(policy: Policy, **params: Any) -> None:
+    ask = _ask(policy, **params)
+    if (ask.careful or ask.smooth) and not _targets(calibrate.draw(policy), ask.match):
+        raise Inapplicable(
+            f"match={ask.match!r} matches no linear as {policy.family} names them",
             remedy="with a method, use a pattern that holds before and after fusing, such as expert.*",
         )
 
@@ -77,124 +139,152 @@ def _targets(program: Program, match: str) -> list[str]:
     return [n for n, kind in kinds.items() if kind == "linear" and fnmatchcase(n, match)]
 
 
-# --- what layers read --------------------------------------------------------------------------------------------
+# --- difficulty moved into norms ---------------------------------------------------------------------------------
 
 
-def grams(policy: Policy, reads: Mapping[Read, int], given: Any) -> dict[Read, tuple[NpArray, int]]:
-    """For each value that layers read, (x^T x [k, k] or for wide ones its diagonal [k], rows), float64, all steps."""
-    result: dict[Read, tuple[NpArray, int]] = {}
-    pending = list(reads)
-    while pending:
-        batch: list[Read] = []
-        room = AT_ONCE
-        while pending and (not batch or reads[pending[0]] ** 2 <= room or reads[pending[0]] > WIDEST):
-            batch.append(pending.pop(0))
-            room -= reads[batch[-1]] ** 2 if reads[batch[-1]] <= WIDEST else 0
-        result |= _grams_of(policy, batch, given)
-    return result
+def _eased(policy: Policy, ask: Ask, given: tuple[Golden, ...]) -> tuple[Policy, int]:
+    """Channels of norms that linears read scaled, and the linears' columns the other way: exact, easier to round."""
+    norms = {value: n for n in smoothable(calibrate.draw(policy)) for value in n.readers}
+    wanted = set(_targets(calibrate.draw(policy), ask.match)) & set(norms)
+    found: dict[Smoothable, NpArray] = {}
+
+    def look(name: str, seen: Seen) -> Mapping[str, NpArray]:
+        norm = norms[name]
+        if norm not in found:
+            weight = np.concatenate([policy.weights[w].load() for w in norm.readers], axis=0)
+            if ask.smooth:
+                found[norm] = smooth_factors(seen.largest, weight, ask.smooth)
+            else:
+                gram = seen.gram[0] if len(seen.gram) == 1 else None
+                found[norm] = awq_factors(weight, seen.sizes, ask.how.group, ask.how.bits, gram)
+        return {}
+
+    propagate(policy, given, wanted, look, follow=False)
+    weights = policy.weights
+    for norm, factors in found.items():
+        weights = moved(weights, norm, factors)
+    return policy.replace(weights=weights), len(found)
 
 
-def _grams_of(policy: Policy, batch: list[Read], given: Any) -> dict[Read, tuple[NpArray, int]]:
-    result: dict[Read, tuple[NpArray, int]] = {}
+# --- rounding ----------------------------------------------------------------------------------------------------
+
+
+def _rounded(policy: Policy, ask: Ask, given: tuple[Golden, ...]) -> tuple[Policy, dict[str, Any]]:
+    """The policy with every matching linear's weight on its grid, and biases that make up for the mean error."""
+    program = calibrate.draw(policy)
+    names = _targets(program, ask.match)
+    biased = {
+        n.inputs[1][1:]: n.inputs[2][1:]
+        for s in program.stages
+        for n in s.nodes
+        if len(n.inputs) == 3 and n.op == "linear"
+    }
+    if ask.bias_correct:
+        more = {n: LazyTensor.of(np.zeros(policy.weights[n].shape[0]), bias_name(n)) for n in names if n not in biased}
+        policy = policy.replace(biases={**policy.biases, **more})
+    errors, plain, fewest = 0.0, 0.0, []
+
+    def choose(name: str, seen: Seen) -> Mapping[str, NpArray]:
+        nonlocal errors, plain
+        weight = policy.weights[name].load()
+        found, wanted = round_layer(weight, seen, ask.how)
+        errors += _layer_error(wanted, found, seen)
+        plain += _layer_error(weight, round_layer(weight, seen, replace(ask.how, method="rtn", rotate=0))[0], seen)
+        fewest.append(seen.rows / (weight.shape[1] // len(seen.gram)))
+        result = {name: found}
+        if ask.bias_correct:
+            bias = biased.get(name, bias_name(name))
+            old = policy.biases[name].load() if name not in biased else policy.weights[bias].load()
+            missing = weight.astype(np.float64) @ seen.means[0] - found.astype(np.float64) @ seen.means[1]
+            result[bias] = (old + missing).astype(np.float32)
+        return result
+
+    changed = propagate(policy, given, names, choose, follow=ask.follow)
+    own = {bias_name(n): n for n in policy.biases}
+    weights = {n: LazyTensor.of(v, f"{n} by {ask.how.method}") for n, v in changed.items() if n not in own}
+    biases = {own[n]: LazyTensor.of(v, n) for n, v in changed.items() if n in own}
+    figures = {
+        "linears": len(names),
+        "mean_layer_error_rtn": round(plain / len(names), 7),
+        "mean_layer_error": round(errors / len(names), 7),
+        "rows_per_input_fewest": round(min(fewest), 2),
+    }
+    if ask.how.method == "rtn" and not ask.rotate:  # only biases were asked for; the target rounds the weights itself
+        weights = {n: t for n, t in weights.items() if n not in names}
+    after = policy.replace(weights=policy.weights.with_(**weights), biases={**policy.biases, **biases})
+    return after, figures
+
+
+def _layer_error(weight: NpArray, other: NpArray, seen: Seen) -> float:
+    """|y (W - W')^T|^2 over |y W^T|^2 on the observations."""
+    parts = [m.astype(np.float64).reshape(len(weight), len(seen.gram), -1) for m in (weight - other, weight)]
+    missed, size = (sum(float(((p[:, i] @ g) * p[:, i]).sum()) for i, g in enumerate(seen.gram)) for p in parts)
+    return missed / max(size, 1e-300)
+
+
+# --- what the lowered network reads ------------------------------------------------------------------------------
+
+
+def _lowered_reads(policy: Policy, ask: Ask, given: tuple[Golden, ...]) -> dict[str, tuple[NpArray, float]]:
+    """For each weight of the lowered program that matches: mean squares [k] and the largest of what it meets."""
+    program = rotate_inputs(lower(calibrate.draw(policy)), policy.rotations)
+    kinds = roles(program)
+    reads: dict[tuple[str, str], list[str]] = {}
+    for s in program.stages:
+        for n in s.nodes:
+            weight = n.inputs[1][1:] if n.op == "linear" else ""
+            if kinds.get(weight) == "linear" and fnmatchcase(weight, ask.match) and not weight.startswith("rotation."):
+                reads.setdefault((s.name, n.inputs[0]), []).append(weight)
     names: dict[str, set[str]] = {}
-    for stage, value in batch:
+    for stage, value in reads:
         names.setdefault(stage, set()).add(value)
-    for s in calibrate.draw(policy).stages:
-        if s.name in names and any(n.name == "prefix_valid" for n in s.nodes):
-            names[s.name].add("prefix_valid")
+    squares: dict[str, tuple[NpArray, int]] = {}
+    largest: dict[str, float] = {}
 
     def see(_: int, stage: str, values: Mapping[str, NpArray]) -> None:
-        for key in (k for k in batch if k[0] == stage):
-            x = calibrate.valid_rows(values, key[1]).astype(np.float64)
-            gram = x.T @ x if x.shape[1] <= WIDEST else (x * x).sum(axis=0)
-            old = result.get(key, (0.0, 0))
-            result[key] = (old[0] + gram, old[1] + len(x))
+        for (where, value), weights in reads.items():
+            if where == stage:
+                x = values[value].astype(np.float64)
+                for w in weights:
+                    old = squares.get(w, (np.zeros(x.shape[1]), 0))
+                    squares[w] = (old[0] + (x * x).sum(axis=0), old[1] + len(x))
+                    largest[w] = max(largest.get(w, 0.0), float(np.abs(x).max(initial=0)))
 
-    calibrate.watch(policy, given, names, see)
-    return result
-
-
-# --- rounding one weight -----------------------------------------------------------------------------------------
-
-
-def rounded(weight: NpArray, gram: NpArray, rows: int, method: str, block: int, format: str) -> NpArray:
-    """The weight [n, k] on the grid that will be stored, in the plain basis, float32.
-
-    `gram` [k, k], or its diagonal [k]; `block`: size of the rotation's blocks, 1 for none. int4 has positive scales.
-    """
-    signs = SIGNS[format]
-    w = rotated(weight, block) if block > 1 else weight.astype(np.float64)
-    if gram.ndim == 2 and block > 1:
-        gram = rotated(rotated(gram, block).T, block)
-    if method == "rtn":
-        found = round_to_scales(w, _rtn_scales(w, format), GROUP)
-    else:
-        # a rotated diagonal says little: every input of a block gets the block's mean
-        diagonal = gram.diagonal() if gram.ndim == 2 else np.repeat(gram.reshape(-1, block).mean(axis=1), block)
-        scales = search_scales(w, GROUP, diagonal / max(rows, 1), signs)
-        if method == "gptq" and gram.ndim == 2:
-            found = gptq(w, gram, scales, GROUP, damping(rows, len(gram)))
-        else:
-            found = round_to_scales(w, scales, GROUP)
-    return rotated(found, block, back=True).astype(np.float32) if block > 1 else found
-
-
-def damping(rows: int, inputs: int) -> float:
-    """More for fewer rows: with two rows per input 0.1 is better than 0.01, with many the other way round."""
-    return 0.01 if rows >= 8 * inputs else 0.05 if rows >= 2 * inputs else 0.1
-
-
-def _rtn_scales(w: NpArray, format: str) -> NpArray:
-    """q4_0: the value of largest magnitude becomes code -8; int4: code 7 or -7."""
-    pad = -w.shape[1] % GROUP
-    blocks = np.pad(w, ((0, 0), (0, pad))).reshape(len(w), -1, GROUP)
-    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)[..., 0]
-    scales = (peak / -8 if format == "q4_0" else np.abs(peak) / 7).astype(np.float16).astype(np.float64)
-    return np.asarray(np.where(scales == 0, 6e-8, scales))
-
-
-def _output_error(weight: NpArray, other: NpArray, gram: NpArray) -> tuple[float, float]:
-    """|x (W - W')^T|^2 and |x W^T|^2 over the observations; wide layers count inputs as independent."""
-    d, w = (weight - other).astype(np.float64), weight.astype(np.float64)
-    if gram.ndim == 1:
-        return float(((d * d) @ gram).sum()), float(((w * w) @ gram).sum())
-    return float(((d @ gram) * d).sum()), float(((w @ gram) * w).sum())
+    calibrate.watch(policy, given, names, see, program=program)
+    return {w: (total / max(rows, 1), largest[w]) for w, (total, rows) in squares.items()}
 
 
 # --- the pass ----------------------------------------------------------------------------------------------------
 
 
-def _apply(
-    policy: Policy, format: str, match: str, method: str, rotate: int, samples: int, observations: str
-) -> tuple[Policy, Mapping[str, Any]]:
-    figures: dict[str, Any] = {"bits_per_value": round(FORMATS[format].bits, 4)}
-    after = policy.replace(precision=(*policy.precision, (match, format)))
-    if method == "rtn" and not rotate:
-        return after, figures
-    program = calibrate.draw(policy)
-    read = {name: calibrate.linears(program, name)[0][:2] for name in _targets(program, match)}
-    widths = {key: policy.weights[name].shape[1] for name, key in read.items()}
-    known = grams(policy, widths, calibrate.observations(policy, samples, observations))
-    tensors: dict[str, LazyTensor] = {}
-    errors, plain, total, fallen = 0.0, 0.0, 0.0, 0
-    for name, key in read.items():
-        weight, (gram, rows) = policy.weights[name].load(), known[key]
-        found = rounded(weight, gram, rows, method, block_of(weight.shape[1], rotate) if rotate else 1, format)
-        error, size = _output_error(weight, found, gram)
-        errors, total = errors + error / max(size, 1e-300), total + 1
-        plain += _output_error(weight, rounded(weight, gram, rows, "rtn", 1, format), gram)[0] / max(size, 1e-300)
-        fallen += method == "gptq" and gram.ndim == 1
-        tensors[name] = LazyTensor.of(found, f"{name} by {method}")
-    figures |= {
-        "linears": len(tensors),
-        "mean_layer_error_rtn": round(plain / total, 7),
-        "mean_layer_error": round(errors / total, 7),
-        "rows_fewest": min(rows for _, rows in known.values()),
-    }
-    if fallen:
-        figures["too_wide_for_gptq"] = fallen
-    rotations = (*policy.rotations, (match, rotate)) if rotate or policy.rotations else ()
-    return after.replace(weights=policy.weights.with_(**tensors), rotations=rotations), figures
+def _apply(policy: Policy, **params: Any) -> tuple[Policy, Mapping[str, Any]]:
+    ask = _ask(policy, **params)
+    known = FORMATS.get(ask.format)
+    bits = known.bits if known else ask.how.bits + 16 / (ask.how.group or 128)
+    figures: dict[str, Any] = {"bits_per_value": round(bits, 4)}
+    measure = ask.importance or ask.act == "int8-tensor"
+    given: tuple[Golden, ...] = ()
+    if ask.careful or ask.smooth or measure:
+        given = calibrate.observations(policy, ask.samples, ask.observations)
+    if ask.smooth or ask.how.method == "awq":
+        policy, figures["norms_eased"] = _eased(policy, ask, given)
+    if ask.careful:
+        policy, found = _rounded(policy, ask, given)
+        figures |= found
+    rotations = (*policy.rotations, (ask.match, ask.rotate)) if ask.rotate or policy.rotations else ()
+    policy = policy.replace(precision=(*policy.precision, (ask.match, ask.format)), rotations=rotations)
+    reads = _lowered_reads(policy, ask, given) if measure else {}
+    if ask.importance:
+        importance = {w: squares.astype(np.float32) for w, (squares, _) in reads.items()}
+        policy = policy.replace(importance={**policy.importance, **importance})
+        figures["weighted"] = len(importance)
+    if ask.act == "int8-tensor":
+        fixed = tuple((w, ask.act, top) for w, (_, top) in reads.items() if top > 0)
+        policy = policy.replace(activations=(*policy.activations, *fixed))
+        figures["activations_fixed"] = len(fixed)
+    elif ask.act != "none" or policy.activations:
+        policy = policy.replace(activations=(*policy.activations, (ask.match, ask.act, 0.0)))
+    return policy, figures
 
 
 QUANTIZE_WEIGHTS = passes.add(
@@ -202,12 +292,23 @@ QUANTIZE_WEIGHTS = passes.add(
         name="quantize-weights",
         apply=_apply,
         params={
-            "format": (str, None, "storage format: " + ", ".join(FORMATS)),
+            "format": (str, "", "storage format, instead of bits: " + ", ".join(FORMATS)),
+            "bits": (int, 0, "4 or 8: each target holds them in a format of its own"),
+            "group": (str, "32", "inputs that share a scale: " + ", ".join(GROUPS)),
             "match": (str, "*", "shell-style pattern over the lowered program's weight names"),
-            "method": (str, "rtn", "rtn, clip (scales searched) or gptq (errors fed back); " + ", ".join(CAREFUL)),
-            "rotate": (int, 0, "0, 16 or 32: inputs turned in blocks of this size, at run time as well"),
-            "samples": (int, 8, "observations, where any are needed"),
-            "observations": (str, "", "an .npz file of them; seeded ones without it"),
+            "method": (str, "rtn", "rtn (by the target), " + ", ".join(METHODS[1:])),
+            "rotate": (str, "none", "none, hadamard, block16 or block32: inputs turned, at run time as well"),
+            "weighted": (
+                str,
+                "auto",
+                "imatrix: errors count by the inputs' mean squares; auto: with every method but rtn",
+            ),
+            "act": (str, "none", "inputs of these linears rounded: none, " + ", ".join(ROUNDINGS)),
+            "smooth": (float, 0.0, "SmoothQuant's alpha: outlier channels of norms move into the weights; 0: not"),
+            "bias_correct": (bool, False, "biases make up for the mean error"),
+            "follow": (bool, True, "layers are rounded for what they read after the layers before"),
+            "samples": (int, 16, "observations, where any are needed"),
+            "observations": (str, "", "a dataset, a folder or an .npz file of them; the policy's own without it"),
         },
         requires=_requires,
         doc="A storage format for the weights that match a pattern.",

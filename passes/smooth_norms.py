@@ -126,7 +126,7 @@ def _apply(
         r = factors(size, largest.astype(np.float64), alpha)
         after = size / r
         left = max(left, float(after.max() / max(float(np.median(after)), 1e-30)))
-        weights = _moved(weights, norm, r)
+        weights = moved(weights, norm, r)
         smoothed += 1
     figures = {
         "norms": len(norms),
@@ -137,7 +137,8 @@ def _apply(
     return policy.replace(weights=weights), figures
 
 
-def _moved(weights: Weights, norm: Smoothable, r: NpArray) -> Weights:
+def moved(weights: Weights, norm: Smoothable, r: NpArray) -> Weights:
+    """The norm's parameters divided by r, its readers' columns multiplied by it."""
     for p in norm.params:
         weights = weights.map(p, lambda v: (v / r).astype(np.float32))
     for w in norm.readers:

@@ -134,6 +134,10 @@ def _unspoken(policy: Policy, layout: Layout) -> list[str]:
     ]
     if policy.rotations:
         found.append("weights in a rotated basis: the engine rotates no activations")
+    if policy.biases:
+        found.append("biases that the architecture does not have (bias_correct)")
+    if policy.activations:
+        found.append("activations rounded to 8 bits: the engine decides that itself")
     if policy.kv != "f32":
         found.append(f"a key/value cache in {policy.kv}: the engine keeps its own")
     return found

@@ -17,8 +17,10 @@ import numpy as np
 
 from vlac.artifact import NpArray, Sidecars, manifest_checksum, sha256
 from vlac.errors import Unsupported
+from vlac.formats import FORMATS
 from vlac.graph import Program
 from vlac.layouts import (
+    INT4,
     INT4_BLOCK,
     bf16_from_f32,
     pack_int4,
@@ -137,14 +139,15 @@ def encode(tensor: LazyTensor, format: str, layout: str, name: str) -> dict[str,
         parts = [quantize_int8_rows(r) for r in tensor.rows()]
         q, scale = (_gathered(p[i] for p in parts) for i in range(2))
         return {"q": np.ascontiguousarray(q.T) if layout == "columns" else q, "scale": scale}
-    if len(tensor.shape) == 2 and format == "int4" and layout == "columns" and tensor.shape[1] % INT4_BLOCK == 0:
-        parts = [quantize_int4_blocks(r) for r in tensor.rows()]
+    block = FORMATS[format].block
+    if len(tensor.shape) == 2 and format in INT4 and layout == "columns" and tensor.shape[1] % block == 0:
+        parts = [quantize_int4_blocks(r, block) for r in tensor.rows()]
         q, scale = (_gathered(p[i] for p in parts) for i in range(2))
         return {"q": pack_int4(q.T), "scale": np.ascontiguousarray(scale.T)}
     raise Unsupported(
         f"tensor {name} {list(tensor.shape)} cannot be stored as {format} in an ONNX artifact",
         remedy="f32, f16, bf16 hold any tensor, int8 weights of linears and embeddings, int4 weights of linears "
-        f"whose input width is a multiple of {INT4_BLOCK}",
+        f"whose input width is a multiple of {INT4_BLOCK} (int4g16, int4g64, int4g128: of 16, 64, 128)",
     )
 
 

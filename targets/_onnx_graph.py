@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from vlac.artifact import NpArray
+from vlac.layouts import INT4
 from vlac.ops import Type
 from vlac.targets._folder import Part, Stored, TensorStore
 
@@ -126,7 +127,7 @@ class Graph:
         from onnx import TensorProto
 
         kind, dims = _ONNX_OF_DTYPE[part.dtype], part.shape
-        if stored is not None and stored.format == "int4" and kind == "UINT8":
+        if stored is not None and stored.format in INT4 and kind == "UINT8":
             kind, dims = "INT4", stored.shape[::-1]
         tensor = TensorProto(name=name, data_type=onnx_type(kind), dims=dims, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", part.file), ("offset", part.offset), ("length", part.nbytes)):

@@ -17,8 +17,9 @@ import numpy as np
 from vlac.artifact import NpArray
 from vlac.dims import Affine, Dim
 from vlac.errors import Unsupported
+from vlac.formats import FORMATS
 from vlac.graph import Node, Program, Stage, infer_stage
-from vlac.layouts import INT4_BLOCK
+from vlac.layouts import INT4
 from vlac.ops import DTYPES, OPS, Type
 from vlac.targets._onnx_attention import emit_integer_attention, integer_attention
 from vlac.targets._onnx_extents import emit_dim, is_static
@@ -408,7 +409,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     w = e.graph.param(weight[1:]) if weight.startswith("@") else None
     if w is not None and w.format == "int8" and e.form in ("integer", "linears"):
         _linear_integer(e, n.inputs[0], w, product)
-    elif w is not None and w.format in ("int8", "int4"):
+    elif w is not None and w.format in ("int8", *INT4):
         e.node("MatMul", [e(n.inputs[0]), _dequantized(e, w)], product)
     else:
         e.node("MatMul", [e(n.inputs[0]), _columns(e, e(weight), w is not None and w.layout == "columns")], product)
@@ -423,7 +424,7 @@ def _columns(e: StageEmitter, values: str, already: bool) -> str:
 
 def _dequantized(e: StageEmitter, w: Weight) -> str:
     """No zero point: OpenVINO reads Convert + Multiply and keeps the integers; ORT fuses int4 to MatMulNBits."""
-    attrs = {"axis": 1} if w.format == "int8" else {"axis": 0, "block_size": INT4_BLOCK}
+    attrs = {"axis": 1} if w.format == "int8" else {"axis": 0, "block_size": FORMATS[w.format].block}
     q = _columns(e, w.values, w.layout == "columns")
     return e.node("DequantizeLinear", [q, w.scale], e.tmp(w.values, "f32"), **attrs)
 
@@ -436,6 +437,36 @@ def _linear_integer(e: StageEmitter, x: str, w: Weight, out: str) -> None:
     inputs = [quantized, q, e.f32(1.0), w.scale, zero]
     raw = e.graph.node("MatMulIntegerToFloat", inputs, e.tmp(out, "integer"), domain=MICROSOFT)
     e.node("Mul", [raw, column], out)
+
+
+@_emits("round_int8")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    """A fixed scale as QuantizeLinear and DequantizeLinear, which engines fuse; others with Round."""
+    x = e(n.inputs[0])
+    rows, width = e.shape(n.inputs[0])
+    if n.attr["form"] == "tensor":
+        scale, zero = e.f32(n.attr["largest"] / 127), e.graph.const(0, np.int8)
+        cut = e.node("Clip", [x, e.f32(-n.attr["largest"]), e.f32(n.attr["largest"])], e.tmp(out, "cut"))
+        codes = e.node("QuantizeLinear", [cut, scale, zero], e.tmp(out, "codes"))
+        e.node("DequantizeLinear", [codes, scale, zero], out)
+        return
+    pad = -width % 32 if n.attr["form"] == "block32" else 0
+    if pad:
+        ends = e.graph.const(np.array([0, 0, 0, pad], dtype=np.int64))
+        x = e.node("Pad", [x, ends], e.tmp(out, "padded"))
+    if n.attr["form"] == "block32":
+        x = e.reshape(x, e.tmp(out, "blocks"), rows if rows > 0 else -1, (width + pad) // 32, 32)
+    size = e.node("Abs", [x], e.tmp(out, "abs"))
+    most = e.node("ReduceMax", [size, e.i64(-1)], e.tmp(out, "most"), keepdims=1)
+    scale = e.node("Div", [e.node("Max", [most, e.f32(1e-30)], e.tmp(out, "max")), e.f32(127.0)], e.tmp(out, "scale"))
+    codes = e.node("Round", [e.node("Div", [x, scale], e.tmp(out, "ratio"))], e.tmp(out, "codes"))
+    if n.attr["form"] == "token":
+        e.node("Mul", [codes, scale], out)
+        return
+    whole = e.node("Mul", [codes, scale], e.tmp(out, "rounded"))
+    joined = e.reshape(whole, e.tmp(out, "joined") if pad else out, rows if rows > 0 else -1, width + pad)
+    if pad:
+        e.node("Slice", [joined, e.i64(0), e.i64(width), e.i64(1)], out)
 
 
 def _quantize_rows(e: StageEmitter, x: str) -> tuple[str, str]:

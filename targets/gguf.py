@@ -105,8 +105,19 @@ def _plan(linear: str, finer: tuple[tuple[str, str], ...] = ()) -> Callable[[str
 
 def _lower(program: Program, options: Mapping[str, Any]) -> Program:
     from vlac.lower import pad_to_blocks
+    from vlac.rewrites.corrections import without_rounding
 
-    return pad_to_blocks(program)
+    return pad_to_blocks(without_rounding(program, _ROUNDS_ITSELF))
+
+
+_ROUNDS_ITSELF = ("q8_0", "q5_0", "q4_1", "q4_0", "iq4_nl")
+"""Formats with which ggml's kernels multiply integers: they round what they multiply in blocks of 32 themselves."""
+
+CONTAINERS = {
+    **dict.fromkeys(("w4g32", "w4g64", "w4g128", "w4row"), "q4_0"),
+    **dict.fromkeys(("w8g32", "w8g64", "w8g128", "w8row"), "q8_0"),
+}
+"""Blocks of 32 hold wider groups as well, the scale repeated."""
 
 
 # --- names -------------------------------------------------------------------------------------------------------
@@ -257,7 +268,7 @@ def _emit(
         for done, (name, param) in enumerate(renamed.params.items()):
             progress("writing weights", done, len(rows))
             tensor = program.weights[names[name]]
-            crcs[name] = writer.stream(name, (encode(param.format, rows) for rows in tensor.rows()))
+            crcs[name] = writer.stream(name, (encode(param.format, rows, tensor.importance) for rows in tensor.rows()))
         if sidecars.golden is not None:
             crcs[GOLDEN] = writer.write(GOLDEN, np.frombuffer(sidecars.golden, dtype=np.uint8))
         writer.rewrite(_metadata(recipe, text, sidecars, manifest))
@@ -276,7 +287,17 @@ def _target(name: str, recipe: Recipe) -> Target:
     plan = _plan(recipe.linear, recipe.finer)
     dialects = dialects_of(_plan(recipe.linear), recipe.file_type, naming)
     own = ("smooth-norms",) if get_format(recipe.linear).block > 1 else ()  # ggml rounds activations with those to int8
-    return Target(name, plan, _lower, emit, engines=("ggml", "torch"), doc=recipe.doc, passes=own, dialects=dialects)
+    return Target(
+        name,
+        plan,
+        _lower,
+        emit,
+        engines=("ggml", "torch"),
+        doc=recipe.doc,
+        passes=own,
+        dialects=dialects,
+        containers=CONTAINERS,
+    )
 
 
 for _name, _recipe in _RECIPES.items():

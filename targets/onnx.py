@@ -31,6 +31,16 @@ STATIC_OPS = ("column_mean", "pack_codes", "unpack_codes")
 """Ops that are written for known shapes only."""
 
 
+CONTAINERS = {
+    "w4g16": "int4g16",
+    "w4g32": "int4",
+    "w4g64": "int4g64",
+    "w4g128": "int4g128",
+    "w4row": "int4g128",
+    "w8row": "int8",
+}
+
+
 OWN_PASSES = {"int8": ("smooth-norms",), "int4": ("smooth-norms",)}
 """Channels that tower over the others would take the codes of all: they move into the weights, exactly."""
 
@@ -138,6 +148,7 @@ def _target(precision: str, doc: str) -> Target:
             lower=lower,
             emit=emit,
             engines=ENGINES,
+            containers=CONTAINERS,
             options={"single_file": "one model.onnx that makes the whole chunk, the flow steps in a Loop"},
             doc=doc,
             passes=OWN_PASSES.get(precision, ()),

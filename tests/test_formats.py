@@ -24,6 +24,7 @@ needs_ggml = pytest.mark.skipif(bool(NO_GGML), reason=NO_GGML or "ggml is there"
 # relative rms error of gaussian values, measured; a wrong nibble order or scale is far above
 ERRORS = {
     "f32": 0.0, "f16": 3e-4, "bf16": 2e-3, "q8_0": 6e-3, "q6_k": 2e-2, "q5_k": 4e-2,
+    "q4_1": 8.5e-2,
     "q5_0": 5e-2, "q4_k": 8e-2, "iq4_nl": 9e-2, "q4_0": 1e-1,
 }  # fmt: skip
 

@@ -181,6 +181,11 @@ CASES: tuple[Case, ...] = (
     *(case("rms_norm", normal(*s), weight(s[1]), eps=1e-5) for s in LENGTHS),
     case("rms_norm", normal(3, 8), eps=1e-6),
     *(case(op, normal(*s, scale=3)) for op in ("silu", "sigmoid", "tanh", "relu", "softmax") for s in LENGTHS[1:5:2]),
+    *(
+        case("round_int8", normal(5, w), form=f, largest=2.5)
+        for f in ("token", "block32", "tensor")
+        for w in (64, 40, 3)
+    ),
     *(case("gelu", normal(7, 24, scale=4), approximate=kind) for kind in ("tanh", "none", "quick")),
     attention_case(4, 4, 1, 1, 4, 4),
     attention_case(5, 9, 3, 3, 8, 8),

@@ -49,7 +49,7 @@ def test_quantize_weights_joins_the_plan_in_order(policy: Policy) -> None:
         ("flow-steps:steps=few", VlacError, "is not int"),
         ("flow-steps:steps=4,order=2", VlacError, "no parameter 'order'"),
         ("quantize-weights:format=q3", Inapplicable, "q8_0"),
-        ("quantize-weights:match=*", VlacError, "needs format="),
+        ("quantize-weights:match=*", Inapplicable, "either bits="),
         ("quantize-weights:format=q8_0,match=", Inapplicable, "match= is empty"),
         ("make-better", Unsupported, "flow-steps"),
     ],

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlac.errors import Inapplicable, VlacError
+from vlac.errors import Inapplicable, Unsupported, VlacError
 from vlac.registry import Dialect, Pass, Progress, Target, silent
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def parse_pass(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _typed(entry: Pass, given: Mapping[str, str]) -> dict[str, Any]:
+    given = {k.replace("-", "_"): v for k, v in given.items()}
     unknown = set(given) - set(entry.params)
     if unknown:
         raise VlacError(
@@ -113,18 +114,9 @@ def apply_own_passes(policy: Policy, target: Target) -> Policy:
 
 def draw(policy: Policy) -> Program:
     """The program as the family draws it, checked, with weights that agree in shape."""
-    from vlac.graph import check
-    from vlac.registry import families
+    from vlac import calibrate
 
-    program = check(families.get(policy.family).build(policy))
-    for name, param in program.params.items():
-        if program.weights[name].shape != param.shape:
-            raise VlacError(
-                f"tensor {name} ({program.weights[name].source}) has shape {list(program.weights[name].shape)}, "
-                f"the network needs {list(param.shape)}",
-                remedy="config and weights are of different models, or give --spec; see `vlac inspect`",
-            )
-    return program
+    return calibrate.draw(policy)
 
 
 def lower_for(
@@ -134,14 +126,27 @@ def lower_for(
     from vlac.graph import check
     from vlac.lower import assign_formats, lower, roles
     from vlac.rewrites.cache import quantize_cache
+    from vlac.rewrites.corrections import round_inputs, with_importance
     from vlac.rewrites.rotate import rotate_inputs
 
     program = quantize_cache(lower(draw(policy)), policy.kv)
-    program = assign_formats(program, target.plan, policy.precision)
+    _holds(target, policy.precision)
+    program = assign_formats(program, target.plan, policy.precision, target.containers)
     program = rotate_inputs(program, policy.rotations)
+    program = with_importance(round_inputs(program, policy.activations), policy.importance)
     requested = {name: p.format for name, p in program.params.items()}
     role = roles(program)
     return check(target.lower(program, options)), requested, role
+
+
+def _holds(target: Target, precision: Sequence[tuple[str, str]]) -> None:
+    """Raises when a pass asked for bits and groups (vlac.formats.GRIDS) that the target has no format for."""
+    from vlac.formats import GRIDS
+
+    for _, fmt in precision:
+        if fmt in GRIDS and fmt not in target.containers:
+            known = ", ".join(f"{name} ({GRIDS[name]})" for name in target.containers) or "none"
+            raise Unsupported(f"target {target.name} holds no {GRIDS[fmt]}", remedy=f"of these it holds: {known}")
 
 
 def fit_for(policy: Policy, target: Target, dialect: str) -> tuple[Program, dict[str, str], dict[str, str]]:

@@ -21,6 +21,7 @@ from vlac.graph import Program, check
 from vlac.policy import Policy
 from vlac.recorded import Recorded
 from vlac.registry import families
+from vlac.rewrites.corrections import add_biases
 from vlac.runtime.inputs import samples
 from vlac.runtime.session import execute, prepare
 
@@ -33,7 +34,7 @@ SEED = 1000
 
 def draw(policy: Policy) -> Program:
     """The program as the family draws it, checked, with weights that agree in shape."""
-    program = check(families.get(policy.family).build(policy))
+    program = check(add_biases(families.get(policy.family).build(policy), policy.biases))
     for name, param in program.params.items():
         if program.weights[name].shape != param.shape:
             raise VlacError(
@@ -73,9 +74,18 @@ class _Watched(EngineSession):
         return {n: out[n] for n in self.program.stage(stage).outputs}
 
 
-def watch(policy: Policy, given: Sequence[Golden], names: Mapping[str, Iterable[str]], see: See) -> tuple[NpArray, ...]:
-    """The normalised chunk [N, A] of each observation; `names` says which values of which stages `see` is shown."""
-    program = draw(policy)
+def watch(
+    policy: Policy,
+    given: Sequence[Golden],
+    names: Mapping[str, Iterable[str]],
+    see: See,
+    program: Program | None = None,
+) -> tuple[NpArray, ...]:
+    """The normalised chunk [N, A] of each observation; `names` says which values of which stages `see` is shown.
+
+    program: a rewritten one; None: as the family draws it.
+    """
+    program = draw(policy) if program is None else program
     wanted = {stage: set(values) for stage, values in names.items()}
     stages = []
     for s in program.stages:

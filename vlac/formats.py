@@ -1,8 +1,8 @@
 """Storage formats of tensors: names, block geometry, bytes; encode float32 to bytes and back.
 
 Block formats are ggml's (a row is cut into blocks of `block` values, each `block_bytes` long). "int8" and "int4" are
-the ONNX forms: symmetric, int8 with one float32 scale per output row, int4 with one per 32 inputs of a row; how a
-folder artifact lays out their parts is in vlac/layouts.py.
+the ONNX forms: symmetric, int8 with one float32 scale per output row, int4 with one per 32 inputs of a row (int4g16,
+int4g64, int4g128: per 16, 64, 128); how a folder artifact lays out their parts is in vlac/layouts.py.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ FORMATS: dict[str, Format] = {
         Format("bf16", 1, 2, 30),
         Format("q8_0", 32, 34, 8),
         Format("q5_0", 32, 22, 6),
+        Format("q4_1", 32, 20, 3),
         Format("q4_0", 32, 18, 2),
         Format("iq4_nl", 32, 18, 20),
         Format("q6_k", 256, 210, 14),
@@ -53,8 +54,20 @@ FORMATS: dict[str, Format] = {
         Format("q4_k", 256, 144, 12),
         Format("int8", 1, 1, None),
         Format("int4", 32, 18, None),
+        Format("int4g16", 16, 10, None),
+        Format("int4g64", 64, 34, None),
+        Format("int4g128", 128, 66, None),
     )
 }
+
+
+GRIDS: dict[str, str] = {
+    f"w{bits}{'row' if group == 0 else f'g{group}'}": f"{bits} bits with a scale for every "
+    + ("row" if group == 0 else f"{group} inputs")
+    for bits in (4, 8)
+    for group in (16, 32, 64, 128, 0)
+}
+"""Grids of symmetric codes by bits and group; each target says in which of its formats it holds one."""
 
 
 def get_format(name: str) -> Format:
@@ -75,24 +88,36 @@ _F16_MAX = 65504.0
 _IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
 
 
-def encode(fmt: str, values: F32) -> Bytes:
+def encode(fmt: str, values: F32, importance: F32 | None = None) -> Bytes:
     """float32 values of any shape to the packed bytes of a ggml format, as a 1-D uint8 array.
 
     Every row (last dimension) must be a multiple of the format's block; Unsupported says which is not, and names values
     that a format with float16 parts cannot hold. f32, f16, bf16 (round to nearest even), q8_0, q5_0 and q4_0 are
     numpy, bit-equal to ggml's reference quantizers; iq4_nl and the K-quants are packed by ggml's `ggml_quantize_chunk`
     and raise EngineError when no ggml library is installed. Equal values give equal bytes.
+
+    importance [k]: mean squares of what multiplies the columns of a weight [n, k]; ggml then packs every format below
+    8 bits so that errors in important columns are small. Values that are codes of the format already stay as they are.
     """
     form, type_id = _ggml_format(fmt)
     array = np.ascontiguousarray(values, dtype=np.float32)
     _check_row(form, array.shape)
     if fmt == "f32":
         return array.reshape(-1).view(np.uint8)
+    if importance is not None and form.bits < 8 and array.ndim == 2 and not _has_codes(form, array):
+        from vlac.engines.ggml_lib import quantize_rows
+
+        floor = 1e-6 * max(float(importance.max()), 1e-30)
+        return quantize_rows(type_id, array, form.nbytes(array.shape[1:]), np.maximum(importance, floor))
     if fmt in _ENCODERS:
         return _encode_numpy(form, array.reshape(-1))
     from vlac.engines.ggml_lib import quantize
 
     return quantize(type_id, array.reshape(-1, form.block), form.block_bytes)
+
+
+def _has_codes(form: Format, array: F32) -> bool:
+    return form.name == "q4_0" and int4_codes(array.reshape(-1, form.block)) is not None
 
 
 def decode(fmt: str, data: Bytes, shape: Sequence[int]) -> F32:
@@ -180,6 +205,10 @@ def _put_q8_0(x: F32, out: Bytes) -> None:
     # round half away from zero, exactly as roundf: adding 0.5 first would be wrong just below a half
     whole = np.trunc(v)
     whole += np.trunc(2 * (v - whole))
+    given = int8_codes(x)
+    if given is not None:  # blocks with code 127 are exact already
+        other = (np.abs(given[1]).max(axis=1) < 127) & (given[0][:, 0] != 0)
+        d[other], whole[other] = given[0][other], given[1][other]
     out[:, :2] = _to_f16(d, "q8_0 scale").view(np.uint8)
     out[:, 2:] = whole.astype(np.int8).view(np.uint8)
 
@@ -193,25 +222,42 @@ def _symmetric(x: F32, half: int) -> tuple[F32, Bytes]:
 
 
 def int4_codes(x: F32) -> tuple[F32, F32] | None:
-    """(scales [n, 1], codes -8..7 [n, 32]) of blocks that already are code * float16 scale, within 1e-3 of a scale;
-    None if any block is not.
+    """(scales [n, 1], codes -8..7 [n, k]) of blocks that already are code * scale, within 1e-3 of a scale that float16
+    can hold; None if any block is not.
 
-    Rounding with care (vlac.rounding) leaves such values; they are stored as they are, not rounded a second time.
+    Rounding with care (vlac.rounding) leaves such values; they are stored as they are, not rounded a second time. A
+    factor that lowering folded in later keeps the codes.
     """
+    return _codes_of(x, (-8, *(s * m for m in range(7, 0, -1) for s in (1, -1))))
+
+
+def int8_codes(x: F32) -> tuple[F32, F32] | None:
+    """The same for codes -127..127, scales above 0."""
+    return _codes_of(x, tuple(range(127, 0, -1)))
+
+
+def _codes_of(x: F32, peaks: Sequence[int]) -> tuple[F32, F32] | None:
+    """Tries each code for the value of largest magnitude of every block; for 127 codes its sign is the value's."""
     some = x[:: max(1, len(x) // 32)]
-    if len(some) < len(x) and int4_codes(some) is None:
+    if len(some) < len(x) and _codes_of(some, peaks) is None:
         return None
     peak = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
+    if min(peaks) > 0:
+        peak = np.abs(peak)
+    low, high = (-8, 7) if min(peaks) < 0 else (-127, 127)
     scale, codes = np.zeros_like(peak), np.zeros_like(x)
     left = np.flatnonzero(peak[:, 0])
-    for code in (-8, *(s * m for m in range(7, 0, -1) for s in (1, -1))):
+    for code in peaks:
+        if not left.size:
+            break
+        d = peak[left] / np.float32(code)
         with np.errstate(over="ignore"):
-            d = (peak[left] / np.float32(code)).astype(np.float16).astype(np.float32)
-        usable = np.isfinite(d) & (np.abs(d) > _TINY)
+            half = d.astype(np.float16).astype(np.float32)
+        usable = np.isfinite(half) & (np.abs(half) > _TINY)
         d = np.where(usable, d, np.float32(1))
         q = np.rint(np.divide(x[left], d, out=np.zeros_like(x[left]), where=usable))
-        fits = (np.abs(x[left] - q * d) <= 1e-3 * np.abs(d)).all(axis=1) & usable[:, 0] & (q <= 7).all(axis=1)
-        fits &= (q >= -8).all(axis=1)
+        fits = (np.abs(x[left] - q * d) <= 1e-3 * np.abs(d)).all(axis=1) & usable[:, 0] & (q <= high).all(axis=1)
+        fits &= (q >= low).all(axis=1)
         scale[left[fits]], codes[left[fits]] = d[fits], q[fits]
         left = left[~fits]
     return None if left.size else (scale, codes)
@@ -225,6 +271,19 @@ def _put_q4_0(x: F32, out: Bytes) -> None:
         d[other], q[other] = given[0][other], (given[1][other] + 8).astype(np.uint8)
     out[:, :2] = _to_f16(d, "q4_0 scale").view(np.uint8)
     out[:, 2:] = q[:, :16] | (q[:, 16:] << 4)
+
+
+def _put_q4_1(x: F32, out: Bytes) -> None:
+    """d = (max - min)/15 and min as float16, then q = min(15, trunc((x - min)/d + 0.5))."""
+    least, most = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
+    d = (most - least) / np.float32(15)
+    q = np.minimum(np.trunc((x - least) * _inverse(d) + np.float32(0.5)), 15).astype(np.uint8)
+    given = _codes_of(x - least, tuple(range(15, 0, -1)))  # chosen with care: codes need not reach 15
+    if given is not None:
+        d, q = given[0], given[1].astype(np.uint8)
+    out[:, :2] = _to_f16(d, "q4_1 scale").view(np.uint8)
+    out[:, 2:4] = _to_f16(least, "q4_1 minimum").view(np.uint8)
+    out[:, 4:] = q[:, :16] | (q[:, 16:] << 4)
 
 
 def _put_q5_0(x: F32, out: Bytes) -> None:
@@ -253,6 +312,10 @@ def _get_q8_0(b: Bytes) -> F32:
 
 def _get_q4_0(b: Bytes) -> F32:
     return (_nibbles(b[:, 2:]).astype(np.float32) - np.float32(8)) * _f16(b[:, :2])
+
+
+def _get_q4_1(b: Bytes) -> F32:
+    return _nibbles(b[:, 4:]).astype(np.float32) * _f16(b[:, :2]) + _f16(b[:, 2:4])
 
 
 def _get_q5_0(b: Bytes) -> F32:
@@ -304,6 +367,7 @@ _ENCODERS: dict[str, Callable[[F32, Bytes], None]] = {
     "bf16": _put_bf16,
     "q8_0": _put_q8_0,
     "q5_0": _put_q5_0,
+    "q4_1": _put_q4_1,
     "q4_0": _put_q4_0,
 }
 _DECODERS: dict[str, Callable[[Bytes], F32]] = {
@@ -311,6 +375,7 @@ _DECODERS: dict[str, Callable[[Bytes], F32]] = {
     "bf16": _get_bf16,
     "q8_0": _get_q8_0,
     "q5_0": _get_q5_0,
+    "q4_1": _get_q4_1,
     "q4_0": _get_q4_0,
     "iq4_nl": _get_iq4_nl,
     "q6_k": _get_q6_k,

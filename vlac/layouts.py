@@ -5,7 +5,7 @@
 
 Layouts: "rows" keeps a parameter [N, K] as the program has it; "columns" stores it transposed, [K, N], as MatMul wants.
 Formats: f32, f16 and bf16 (as uint16) have one part "values"; int8 has "q" int8 and "scale" f32 [N], one per output
-row; int4 (columns only) has "q" uint8, two values a byte, and "scale" f32 [K/32, N].
+row; int4 (columns only) has "q" uint8, two values a byte, and "scale" f32 [K/32, N] (int4g64: [K/64, N], ...).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vlac.errors import ArtifactError
-from vlac.formats import int4_codes
+from vlac.formats import FORMATS, int4_codes, int8_codes
 from vlac.weights import Array
 
 NpArray = np.ndarray[Any, Any]
@@ -24,6 +24,8 @@ Int8 = np.ndarray[Any, np.dtype[np.int8]]
 UInt8 = np.ndarray[Any, np.dtype[np.uint8]]
 
 INT4_BLOCK = 32
+INT4 = ("int4g16", "int4", "int4g64", "int4g128")
+"""Formats of 4 bits, finest first: 16, 32, 64, 128 inputs share a scale (vlac.formats)."""
 FLOAT_DTYPES = {"f32": "<f4", "f16": "<f2", "bf16": "<u2"}
 LAYOUTS = ("rows", "columns")
 
@@ -38,8 +40,12 @@ _INT4_DIVISORS = (5.5, 6.0, 6.5, 7.0, 7.25, 7.5, 7.75, 8.0, 8.25, 8.5, 9.0, 9.5)
 def quantize_int8_rows(w: Array) -> tuple[Int8, Array]:
     """Symmetric 8 bit, one scale per row: w [N, K] -> q int8 [N, K] in -127..127, scale f32 [N].
 
-    w ~ q * scale[:, None], scale = max|row| / 127, rounding half to even. A row of zeros has scale 1.
+    w ~ q * scale[:, None], scale = max|row| / 127, rounding half to even. A row of zeros has scale 1. Rows that are
+    code * scale already keep both.
     """
+    given = int8_codes(np.ascontiguousarray(w, dtype=np.float32)) if w.size else None
+    if given is not None:
+        return given[1].astype(np.int8), _nonzero(given[0][:, 0])
     scale = _nonzero(_row_absmax(w) / np.float32(127))
     q = np.rint(w / scale[:, None])
     return np.clip(q, -127, 127, out=q).astype(np.int8), scale
@@ -56,8 +62,9 @@ def quantize_int4_blocks(w: Array, block: int = INT4_BLOCK) -> tuple[Int8, Array
         raise ValueError(f"rows of {k} values are no multiple of {block}")
     blocks = np.ascontiguousarray(w, dtype=np.float32).reshape(n * (k // block), block)
     given = int4_codes(blocks)
-    if given is not None and (given[0] >= 0).all():
-        return given[1].astype(np.int8).reshape(n, k), _nonzero(given[0][:, 0]).reshape(n, k // block)
+    if given is not None:
+        scale = np.where(given[0][:, 0] == 0, np.float32(1), given[0][:, 0]).astype(np.float32)
+        return given[1].astype(np.int8).reshape(n, k), scale.reshape(n, k // block)
     best_q = np.empty(blocks.shape, dtype=np.int8)
     best_scale = np.empty(len(blocks), dtype=np.float32)
     step = max(1, (1 << 20) // block)  # a few MB at a time: the candidates stay in cache
@@ -152,11 +159,12 @@ def decode_parts(format: str, layout: str, shape: tuple[int, ...], parts: Mappin
             rows = np.ascontiguousarray(_part(parts, "q", "|i1", shape[::-1], where).T).astype(np.float32)
         rows *= scale[:, None]
         return rows
-    if format == "int4" and layout == "columns" and shape[1] % INT4_BLOCK == 0:
+    if format in INT4 and layout == "columns" and shape[1] % FORMATS[format].block == 0:
         n, k = shape
         q = unpack_int4(_part(parts, "q", "|u1", ((n * k + 1) // 2,), where), (k, n)).astype(np.float32)
-        scale = _part(parts, "scale", "<f4", (k // INT4_BLOCK, n), where)
-        values = q.reshape(k // INT4_BLOCK, INT4_BLOCK, n) * scale[:, None, :]
+        block = FORMATS[format].block
+        scale = _part(parts, "scale", "<f4", (k // block, n), where)
+        values = q.reshape(k // block, block, n) * scale[:, None, :]
         return np.ascontiguousarray(values.reshape(k, n).T)
     raise ArtifactError(f"{where}: no layout {layout!r} of format {format!r} for shape {list(shape)}")
 

@@ -332,6 +332,15 @@ def _column_mean(t: Sequence[Type], a: Attrs) -> Type:
     return Type("f32", (1, x.shape[1]))
 
 
+def _round8(t: Sequence[Type], a: Attrs) -> Type:
+    x, known = t[0], ("token", "block32", "tensor")
+    _need(x.dtype == "f32" and len(x.shape) == 2, f"round_int8 of {x}")
+    _need(a["form"] in known, f"round_int8: form {a['form']!r}, expected one of {', '.join(known)}")
+    _need(a["form"] != "tensor" or 0 < a["largest"] < math.inf, f"round_int8: largest {a['largest']}")
+    _numbers(x, x.shape[1:])
+    return x
+
+
 # --- index and mask arithmetic ---------------------------------------------------------------------------------
 
 
@@ -545,6 +554,22 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     """1 / (1 + exp(-x))."""
     return _f32(_sigmoid(_f64(x[0])))
+
+
+@_op("round_int8", "x", _round8, form="str", largest="float")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """x on a grid of 8 bits: s * clip(rint(x / s), -127, 127), s = m/127. m is the largest magnitude of the row (form
+    "token"), of each 32 values of a row in order ("block32", the last block as long as it is), or `largest` ("tensor").
+    """
+    v = _f64(x[0])
+    if a["form"] == "tensor":
+        s = np.float64(a["largest"]) / 127
+        return _f32(np.clip(np.rint(v / s), -127, 127) * s)
+    rows, width = v.shape
+    block = 32 if a["form"] == "block32" else width
+    parts = np.pad(v, ((0, 0), (0, -width % block))).reshape(rows, -1, block)
+    s = np.maximum(np.abs(parts).max(axis=2, keepdims=True), 1e-30) / 127
+    return _f32((np.rint(parts / s) * s).reshape(rows, -1)[:, :width])
 
 
 @_op("tanh", "x", _float_same)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlac.io import IO
 from vlac.spec import FlowSpec
-from vlac.weights import Weights
+from vlac.weights import LazyTensor, Weights
 
 if TYPE_CHECKING:
     from vlac.recorded import Recorded
@@ -48,6 +48,10 @@ class Policy:
         flow: solver and time grid, None for families without one.
         rotations: (pattern, block) pairs: linears whose inputs are rotated block by block before they are multiplied,
             their weights stored in that basis (vlac.rewrites.rotate); the weights here are in the plain one.
+        biases: weight name -> bias [n] of a linear that the family draws without one (vlac.rewrites.corrections).
+        activations: (pattern, rounding, largest) triples: linears whose inputs are rounded to 8 bits
+            (vlac.rewrites.corrections.round_inputs).
+        importance: name of a lowered weight -> mean squares [k] of what its linear reads, for formats that weigh.
         kv: format of the keys and values that a loop reads: "f32", or codes as vlac.rewrites.cache writes them.
         history: what was applied. source: where it came from. warnings: what a person should know.
         ignored: config keys that do not act on inference, listed by `inspect`.
@@ -64,6 +68,9 @@ class Policy:
     tokenizer: bytes | None = None
     precision: tuple[tuple[str, str], ...] = ()
     rotations: tuple[tuple[str, int], ...] = ()
+    biases: Mapping[str, LazyTensor] = field(default_factory=dict)
+    activations: tuple[tuple[str, str, float], ...] = ()
+    importance: Mapping[str, Any] = field(default_factory=dict)
     flow: FlowSpec | None = None
     kv: str = "f32"
     history: tuple[Applied, ...] = ()

@@ -121,6 +121,7 @@ class Target:
         options: option name -> help (e.g. "single_file").
         passes: what is applied after all passes asked for, where it applies and changes something ("smooth-norms").
         dialects: name -> how files for another engine are written, for --dialect.
+        containers: grid that a pass asks for by bits and group ("w4g32", vlac.formats.GRIDS) -> format that holds it.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Target:
     doc: str = ""
     passes: tuple[str, ...] = ()
     dialects: Mapping[str, Dialect] = field(default_factory=dict)
+    containers: Mapping[str, str] = field(default_factory=dict)
 
 
 E = TypeVar("E", Family, Reader, Pass, Target)

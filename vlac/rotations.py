@@ -33,6 +33,15 @@ def hadamard(n: int) -> NpArray | None:
     return None
 
 
+def has_hadamard(n: int) -> bool:
+    """Whether `hadamard(n)` is a matrix."""
+    odd = n
+    while odd % 2 == 0 and odd > 1:
+        odd //= 2
+    sizes = [odd * 2**i for i in range(n.bit_length()) if odd * 2**i <= n]
+    return n > 0 and any(s == 1 or (s % 4 == 0 and _is_prime(s - 1)) for s in sizes)
+
+
 def _is_prime(p: int) -> bool:
     return p > 1 and all(p % d for d in range(2, math.isqrt(p) + 1))
 

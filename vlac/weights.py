@@ -31,6 +31,8 @@ class LazyTensor:
         load_unchecked: returns float32, C order, of `shape`; may be a read-only view of a memory map.
         dtype: the type on disk ("f32", "f16", "bf16", ...), for reports.
         source: where it comes from ("model.safetensors: model.state_proj.weight"), for errors.
+        importance: mean squares [k] of what multiplies a weight's columns, where a pass measured them: packers that can
+            give important columns smaller errors do.
         load_rows: returns rows start..stop - 1 (of the first axis) without reading the others; None where only the
             whole can be had.
     """
@@ -40,6 +42,7 @@ class LazyTensor:
     dtype: str = "f32"
     source: str = ""
     load_rows: Callable[[int, int], Array] | None = field(default=None, repr=False, compare=False)
+    importance: Array | None = field(default=None, repr=False, compare=False)
 
     def load(self) -> Array:
         """The values, float32, C order. Raises CheckpointError if they have another shape, NaN or Inf."""

@@ -21,17 +21,20 @@ from vlac.engines import ggml_lib
 from vlac.engines.base import Engine, EngineSession, NpArray, Values
 from vlac.engines.ggml_lib import Ggml, InitParams, Tensor
 from vlac.engines.ggml_ops import DRAW, LAYOUTS, Drawing, Feed
-from vlac.engines.ggml_plan import StagePlan, macs, plan_stage
+from vlac.engines.ggml_plan import NEVER, StagePlan, macs, plan_stage
 from vlac.errors import EngineError
 from vlac.formats import encode, get_format
 from vlac.graph import Param, Program, stage_symbols
 from vlac.ops import DTYPES, OPS
 
+DECLINES = NEVER
+
 ALIGNMENT = 32
 """Bytes; ggml asserts that memory it is given starts at a multiple."""
 
-MAX_GRAPHS = 12
-"""Graphs kept per session; the one unused for longest goes first (each holds its compute buffer)."""
+MAX_GRAPHS = 32
+"""Graphs kept per session; the one unused for longest goes first (each holds its compute buffer). Five stages in the
+sizes that a robot uses are about twenty; building them anew for each other instruction leaves memory in pieces."""
 
 WORK_TO_SHARE = 4_000_000
 """Multiply-accumulates per node from which a graph uses more than one thread. ggml waits for all threads after every

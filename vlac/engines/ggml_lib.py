@@ -448,6 +448,24 @@ def default_threads() -> int:
 _PACK_BLOCKS = 1 << 14
 
 
+def quantize_rows(type_id: int, rows: Array, row_bytes: int, importance: Array) -> Array:
+    """float32 rows [n, k] packed by ggml's quantizer for importance matrices, as uint8 [n * row_bytes].
+
+    importance [k], all above 0: how much an error in each column counts.
+    """
+    lib = load()
+    n, k = rows.shape
+    source = np.ascontiguousarray(rows, dtype=np.float32)
+    weights = np.ascontiguousarray(importance, dtype=np.float32)
+    if weights.shape != (k,) or not (np.isfinite(weights).all() and (weights > 0).all()):
+        raise EngineError(f"importance {list(weights.shape)} for rows of {k}: one number above 0 per column is needed")
+    if lib.type_size(type_id) * (k // lib.blck_size(type_id)) != row_bytes:
+        raise EngineError(f"{lib.directory}: rows of {k} of ggml type {type_id} do not take {row_bytes} bytes")
+    out = np.empty(n * row_bytes, dtype=np.uint8)
+    lib.quantize_chunk(type_id, source.ctypes.data, out.ctypes.data, 0, n, k, weights.ctypes.data)
+    return out
+
+
 def quantize(type_id: int, blocks: Array, block_bytes: int) -> Array:
     """float32 blocks [n, block] packed by ggml's reference quantizer, as uint8 [n * block_bytes].
 

@@ -39,6 +39,9 @@ DECLINES = dict.fromkeys(
 )
 """Ops without a ggml form: they run on the host, and a program that wants them inside a graph is declined by name."""
 
+NEVER = {"round_int8": "no rounding between ops; kernels round what meets 4- and 8-bit weights in blocks of 32"}
+"""Ops that run nowhere in this engine."""
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -108,8 +111,8 @@ def _needed(stage: Stage, rest: Mapping[str, Node]) -> tuple[dict[str, Node], di
 
 
 def _declined(plan: StagePlan, node: Node, able: Container[str]) -> str:
-    if node.op in DECLINES:
-        return DECLINES[node.op]
+    if node.op in (*DECLINES, *NEVER):
+        return {**DECLINES, **NEVER}[node.op]
     if node.op not in able:
         return "this op has no ggml form"
     if any(len(plan.types[i].shape) > 4 for i in (node.name, *node.inputs) if not i.startswith("@")):

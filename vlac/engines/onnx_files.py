@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlac.artifact import Artifact, sha256
 from vlac.errors import ArtifactError, EngineError
+from vlac.layouts import INT4
 
 SINGLE = "model"
 """Name of the one graph of a `--single-file` artifact in manifest["onnx"]."""
@@ -64,8 +65,8 @@ def repeated_stages(artifact: Artifact) -> set[str]:
 
 
 def integer_formats(artifact: Artifact) -> set[str]:
-    """Which of int8 and int4 the program's parameters use."""
-    return {p.format for p in artifact.program.params.values()} & {"int8", "int4"}
+    """Which of int8 and the int4 formats the program's parameters use."""
+    return {p.format for p in artifact.program.params.values()} & {"int8", *INT4}
 
 
 def default_threads() -> int:

@@ -136,6 +136,19 @@ def _time_embedding(torch: Any, t: Tensor, a: Mapping[str, Any]) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1).to(t.dtype)
 
 
+def _round_int8(torch: Any, x: Tensor, form: str, largest: float) -> Tensor:
+    """In float64, as the reference: a value between two codes must fall to the same side."""
+    v = x.to(torch.float64)
+    if form == "tensor":
+        s = largest / 127
+        return (torch.clamp(torch.round(v / s), -127, 127) * s).to(x.dtype)
+    rows, width = v.shape
+    block = 32 if form == "block32" else width
+    parts = torch.nn.functional.pad(v, (0, -width % block)).reshape(rows, -1, block)
+    s = parts.abs().amax(dim=2, keepdim=True).clamp(min=1e-30) / 127
+    return (torch.round(parts / s) * s).reshape(rows, -1)[:, :width].to(x.dtype)
+
+
 def _float_ops(torch: Any) -> dict[str, TorchOp]:
     """Arithmetic."""
     fn = torch.nn.functional
@@ -158,6 +171,7 @@ def _float_ops(torch: Any) -> dict[str, TorchOp]:
         "relu": lambda x, a: torch.relu(x[0]),
         "gelu": lambda x, a: _gelu(torch, x[0], a["approximate"]),
         "softmax": lambda x, a: torch.softmax(x[0], dim=-1),
+        "round_int8": lambda x, a: _round_int8(torch, x[0], a["form"], a["largest"]),
         "attention": lambda x, a: _attention(torch, x, a),
         "rope": lambda x, a: _rotate(torch, x[0], x[1]),
         "time_embedding": lambda x, a: _time_embedding(torch, x[0], a),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import numpy as np
 
 from vlac.errors import Unsupported
-from vlac.formats import get_format
+from vlac.formats import GRIDS, get_format
 from vlac.graph import Node, Param, Program, Repeat
 from vlac.ops import NpArray
 from vlac.policy import match_format
@@ -76,17 +77,25 @@ def _backward(nodes: Sequence[Node], start: set[str]) -> set[str]:
     return reached
 
 
-def assign_formats(program: Program, plan: Plan, overrides: Sequence[tuple[str, str]] = ()) -> Program:
+def assign_formats(
+    program: Program, plan: Plan, overrides: Sequence[tuple[str, str]] = (), containers: Mapping[str, str] | None = None
+) -> Program:
     """Every parameter gets the format that `plan(name, shape, role)` asks for, or the last override that matches it.
 
     Overrides are (shell pattern over names, format). They act on linears and embeddings; on a head only when they spell
-    its name out; never on norms, biases and tables. Unsupported names an override that acts on nothing.
+    its name out; never on norms, biases and tables. A grid (vlac.formats.GRIDS) acts on linears only and becomes the
+    format that `containers` holds it in. Unsupported names an override that acts on nothing.
     """
+    held = containers or {}
     kinds = roles(program)
     params: dict[str, Param] = {}
     acted: set[str] = set()
     for name, p in program.params.items():
-        allowed = tuple((pat, fmt) for pat, fmt in overrides if _may_override(pat, name, kinds[name]))
+        allowed = tuple(
+            (pat, held.get(fmt, fmt))
+            for pat, fmt in overrides
+            if _may_override(pat, name, kinds[name]) and (fmt not in GRIDS or kinds[name] == "linear")
+        )
         acted.update(pat for pat, _ in allowed)
         fmt = get_format(match_format(name, allowed, plan(name, p.shape, kinds[name])))
         params[name] = Param(p.shape, fmt.name)
@@ -137,7 +146,9 @@ def _pad_weight(draft: Draft, name: str, width: int) -> None:
     draft.params[name] = Param(shape, p.format)
     if name in draft.weights:
         lazy = draft.weights[name]
-        draft.weights[name] = lazy.map_rows(pad, shape[1:]) if len(shape) > 1 else lazy.map(pad, shape)
+        wide = lazy.map_rows(pad, shape[1:]) if len(shape) > 1 else lazy.map(pad, shape)
+        known = lazy.importance
+        draft.weights[name] = replace(wide, importance=None if known is None else pad(known))
 
 
 def _pad_stage(stage: StageDraft, padded: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
