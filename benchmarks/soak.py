@@ -6,7 +6,8 @@ python benchmarks/soak.py --out FILE.json --artifact out/ --engine ggml
 Every run is a process of its own. Calls are a robot's: new frames, one new frame of two, only a new state, another
 instruction (of another length), a few actions instead of all; seeded, so that two runs do the same. The first call's
 observation is asked again every 100 calls and at the end, with and without reuse: its chunk must be the same bits.
-RSS is taken after every 20th call; growth is that of the medians of the second and the last tenth of the calls.
+RSS is taken after every 20th call; growth is from the median of the second tenth of the calls to that of the last, and
+from the sixth to the last: allocators take a few hundred calls until they have seen every size.
 Times are of a shared machine unless you made it quiet: the load average stands beside them.
 """
 
@@ -41,9 +42,11 @@ TASKS = ("stop", "pick up the cube", "pick up the red cube and put it into the b
 SAME_EVERY, RSS_EVERY = 100, 20
 
 
-def rss() -> int:
-    """Resident bytes of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def memory_now() -> tuple[int, int]:
+    """(resident, of them anonymous) bytes of this process; pages of mapped weights are resident, not anonymous."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    resident, anonymous = (int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "RssAnon"))
+    return resident, anonymous
 
 
 def soak(path: str, engine: str, calls: int, threads: int | None) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def soak(path: str, engine: str, calls: int, threads: int | None) -> dict[str, A
         first |= {"noise": golden.noise} if samples(policy.artifact.program) else {}
         want = policy.act(**first)
         times: dict[str, list[float]] = {}
-        memory: list[tuple[int, int]] = []
+        memory: list[tuple[int, int, int]] = []
         worst, asked, now = 0.0, 1, dict(first)
         for i in range(1, calls + 1):
             if i % SAME_EVERY == 0 or i == calls:
@@ -77,20 +80,28 @@ def soak(path: str, engine: str, calls: int, threads: int | None) -> dict[str, A
             times.setdefault(kind, []).append(1e3 * (time.perf_counter() - begun))
             if i % RSS_EVERY == 0:
                 gc.collect()
-                memory.append((i, rss()))
-        info = {k: v for k, v in policy.info.items() if isinstance(v, (str, int, float, bool))}
-    sizes = [size for _, size in memory]
-    tenth = max(1, len(sizes) // 10)
-    early, late = (statistics.median(part) for part in (sizes[tenth : 2 * tenth] or sizes, sizes[-tenth:]))
+                memory.append((i, *memory_now()))
+        plain = (str, int, float, bool)
+        info = {k: v for k, v in policy.info.items() if isinstance(v, plain) and k != "artifact"}
     return {
         "info": info,
         "calls": calls,
         "same_input": {"asked": asked, "max_abs_change": worst},
-        "rss": {"early_bytes": early, "late_bytes": late, "growth_bytes": late - early, "samples": memory},
+        "rss": _growth([m[1] for m in memory]),
+        "anonymous": _growth([m[2] for m in memory]),
+        "memory": memory,
         "ms": {kind: _summary(found) for kind, found in times.items()},
         "all_ms": _summary([t for found in times.values() for t in found]),
         "load_average": os.getloadavg()[0],
     }
+
+
+def _growth(sizes: list[int]) -> dict[str, float]:
+    tenth = max(1, len(sizes) // 10)
+    middle, parts = len(sizes) // 2, (sizes[tenth : 2 * tenth] or sizes, sizes[-tenth:])
+    early, late = (statistics.median(part) for part in parts)
+    half = statistics.median(sizes[middle : middle + tenth])
+    return {"early_bytes": early, "late_bytes": late, "growth_bytes": late - early, "second_half_bytes": late - half}
 
 
 def _next(now: dict[str, Any], rng: np.random.Generator, text: bool) -> str:
@@ -166,10 +177,11 @@ def _compiled(checkpoint: Path, target: str, folder: Path) -> str:
 def _line(run: str, row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{run}: {row['error'][0]}"
-    grown, of = row["rss"]["growth_bytes"] / 1e6, row["rss"]["late_bytes"] / 1e6
+    grown, late, of = (row["rss"][k] / 1e6 for k in ("growth_bytes", "second_half_bytes", "late_bytes"))
     times = f"p50 {row['all_ms']['p50']:.1f} ms, p99 {row['all_ms']['p99']:.1f} ms"
     changed = row["same_input"]["max_abs_change"]
-    return f"{run}: RSS {grown:+.2f} MB of {of:.0f}, same input changed by {changed:g}, {times}"
+    memory = f"RSS {grown:+.2f} MB ({late:+.2f} in the second half) of {of:.0f}"
+    return f"{run}: {memory}, same input changed by {changed:g}, {times}"
 
 
 if __name__ == "__main__":
