@@ -12,6 +12,7 @@ import json
 import platform
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +26,44 @@ import vlac  # noqa: E402
 from vlac.errors import VlacError  # noqa: E402
 from vlac.gguf_dialects import check_file  # noqa: E402
 
+BATCH = 20
 
-def run(count: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Counts, and every file that the check accepted and the engine did not run."""
+
+def accepted(count: int, seed: int, folder: Path) -> list[Path]:
+    """Mutants that pass the check."""
     checkpoint = files.write(folder / "checkpoint")
     result = vlac.compile(checkpoint, target="gguf-f32", out=folder / "small.gguf", dialect="qvac", goldens=1)
     assert result.path is not None
-    accepted, odd, counts = [], [], {"ran": 0, "not finite": 0, "refused": 0, "died": 0}
+    found = []
     for path in files.mutants(result.path, folder, count, seed):
         try:
             check_file(path, "qvac")
-            accepted.append(path)
+            found.append(path)
         except VlacError:
             path.unlink()
-    print(f"{len(accepted)} of {count} pass the check", file=sys.stderr, flush=True)
-    for path, said in qvac_peer.probe(accepted, folder / "run").items():
-        outcome = next(k for k in ("died", "refused", "ran") if k in said)
-        counts[outcome if said.get("finite", True) else "not finite"] += 1
-        if outcome != "ran":
-            odd.append({"mutant": path.stem, **said})
-    return {"mutants": count, "seed": seed, "accepted": len(accepted), "engine": counts, "not_run": odd}
+    return found
+
+
+def run(count: int, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """After each batch: counts so far, and every file that the check accepted and the engine did not run."""
+    passed, odd = accepted(count, seed, folder), []
+    counts = {"ran": 0, "not finite": 0, "refused": 0, "died": 0, "slow": 0}
+    for i in range(0, len(passed), BATCH):
+        for path, said in qvac_peer.probe(passed[i : i + BATCH], folder / "run").items():
+            outcome = next(k for k in ("died", "slow", "refused", "ran") if k in said)
+            counts[outcome if said.get("finite", True) else "not finite"] += 1
+            if outcome != "ran":
+                odd.append({"mutant": path.stem, **said})
+        tried = min(i + BATCH, len(passed))
+        print(f"{tried} of {len(passed)} tried, {counts['died']} died", file=sys.stderr, flush=True)
+        yield {
+            "mutants": count,
+            "seed": seed,
+            "accepted": len(passed),
+            "tried": tried,
+            "engine": counts,
+            "not_run": odd,
+        }
 
 
 def main() -> int:
@@ -58,11 +77,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        found = run(arguments.count, arguments.seed, folder)
-    report = {"vlac": vlac.__version__, "python": platform.python_version(), **found}
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        for found in run(arguments.count, arguments.seed, folder):
+            report = {"vlac": vlac.__version__, "python": platform.python_version(), **found}
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
-    return 1 if found["engine"]["died"] else 0
+    return 1 if report["engine"]["died"] else 0
 
 
 if __name__ == "__main__":

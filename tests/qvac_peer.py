@@ -68,30 +68,33 @@ def run(model: Path, calls: Sequence[dict[str, Array]], io: IO, folder: Path) ->
     return answers, json.loads(done.stdout.strip().splitlines()[-1])["hparams"]
 
 
-def probe(models: Sequence[Path], folder: Path) -> dict[Path, dict[str, Any]]:
+def probe(models: Sequence[Path], folder: Path, limit: float = 1500) -> dict[Path, dict[str, Any]]:
     """Loads and runs each file in the engine: {"ran": values, "finite": bool}, {"refused": why}, or {"died": code}.
 
-    Where a file ended the engine's process the others go on in a new one.
+    Where a file ended the engine's process the others go on in a new one. {"slow": limit} is one that was still running
+    after `limit` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[Path, dict[str, Any]] = {}
     waiting = [m.resolve() for m in models]
+    job, said = folder / "probe.json", folder / "probe.out"
     while waiting:
-        job = folder / "probe.json"
         job.write_text(json.dumps({"probe": [str(m) for m in waiting]}))
-        try:
-            done = subprocess.run(
-                [str(BARE), "run.js", str(job)], cwd=INSTALLED, capture_output=True, text=True, timeout=1800
-            )
-            code, said = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as late:
-            code, said = "timeout", (late.stdout or b"").decode(errors="replace")
-        rows = [json.loads(line) for line in said.splitlines() if line.startswith('{"')]
+        with said.open("w") as out:
+            try:
+                code = subprocess.run(
+                    [str(BARE), "run.js", str(job)], cwd=INSTALLED, stdout=out, stderr=subprocess.STDOUT, timeout=limit
+                ).returncode
+                outcome: dict[str, Any] = {"died": code}
+            except subprocess.TimeoutExpired:
+                outcome = {"slow": limit}
+        rows = [json.loads(line) for line in said.read_text(errors="replace").splitlines() if line.startswith('{"')]
         ended = {Path(row["end"]): {k: v for k, v in row.items() if k != "end"} for row in rows if "end" in row}
         begun = [Path(row["begin"]) for row in rows if "begin" in row]
-        dead = [m for m in begun if m not in ended]
         if not begun:
-            raise RuntimeError(f"QVAC's engine did not start ({code}): {done.stderr[-600:]}")
-        found |= ended | {m: {"died": code} for m in dead}
+            raise RuntimeError(f"QVAC's engine did not start: {outcome} {said.read_text(errors='replace')[-600:]}")
+        # a process that was stopped while it worked through many: none of them was slow by itself
+        late = "slow" in outcome and bool(ended)
+        found |= ended | {m: outcome for m in begun if m not in ended and not late}
         waiting = [m for m in waiting if m not in found]
     return found
