@@ -16,6 +16,7 @@ from vlac.ops import DTYPES
 from vlac.runtime.inputs import bind
 from vlac.runtime.observation import Array
 from vlac.runtime.reuse import Reuse
+from vlac.runtime.rtc import Guidance
 
 NpArray = np.ndarray[Any, Any]
 Taps = MutableMapping[str, NpArray]
@@ -33,6 +34,7 @@ def execute(
     reuse: Reuse | None = None,
     follow: NpArray | None = None,
     known: Mapping[str, NpArray] | None = None,
+    guide: Guidance | None = None,
 ) -> Array:
     """The normalised chunk f32 [N, A] of one prepared observation.
 
@@ -48,11 +50,17 @@ def execute(
         follow: ids of another engine, with `taps`: a loop that generates ids reads these instead of its own, so that
             two engines can be compared turn by turn; what is collected are its own.
         known: outputs of stages that have been run for this observation; these are not run again.
+        guide: draws a flow loop towards an earlier chunk (vlac.runtime.rtc).
 
     An artifact that is one graph (`EngineSession.run_all`) has only its result to tap, and one time, "model_ms".
 
     Raises: EngineError when an input of a stage does not fit, or the chunk is not finite.
     """
+    if guide is not None and engine.one_graph:
+        raise EngineError(
+            f"prev_chunk: {program.name} is one graph, and its loop cannot be guided from outside",
+            remedy="compile it without single_file, as one file for each stage",
+        )
     values: dict[str, NpArray] = {**env, **(known or {})}
     for stage in program.stages:
         check_rows(program, stage, values)
@@ -70,7 +78,7 @@ def execute(
         started = time.perf_counter()
         if known and all(o in known for o in program.stage(step.stage).outputs):
             continue
-        out = _run_step(program, engine, step, values, symbols, taps, reuse, follow)
+        out = _run_step(program, engine, step, values, symbols, taps, reuse, follow, guide)
         _note(stats, step.stage, started)
         if stats is not None and isinstance(step, Repeat):
             stats[f"{step.stage}_held_bytes"] = _held(program, step, values)
@@ -126,9 +134,11 @@ def _run_step(
     taps: Taps | None,
     reuse: Reuse | None,
     follow: NpArray | None,
+    guide: Guidance | None = None,
 ) -> dict[str, NpArray]:
     if isinstance(step, Repeat):
-        return _repeat(program, engine, step, values, symbols, taps, reuse, follow)
+        own = guide if guide is not None and guide.stage == step.stage else None
+        return _repeat(program, engine, step, values, symbols, taps, reuse, follow, own)
     if step.each == "camera":
         return _each_camera(program, engine, step, values, symbols, reuse)
     if step.each:
@@ -239,12 +249,13 @@ def _repeat(
     taps: Taps | None,
     reuse: Reuse | None,
     follow: NpArray | None,
+    guide: Guidance | None,
 ) -> dict[str, NpArray]:
     stage = program.stage(step.stage)
     start = {into: values[initial] for _, into, initial in step.carry}
     for i in (0, step.times - 1):  # the first turn's inputs, and the last index a table is asked for
         inputs = checked(program, stage, {**values, **start, step.index: np.array([i], dtype=np.int32)}, symbols)
-    if taps is None:
+    if taps is None and guide is None:
         inputs.update({initial: values[initial] for _, _, initial in step.carry})
         run = partial(engine.repeat, step, inputs, symbols)
         return run() if reuse is None else reuse.stage(stage.name, inputs, run)
@@ -254,10 +265,14 @@ def _repeat(
     for i in range(step.times):
         inputs = {**inputs, step.index: np.array([i], dtype=np.int32)}
         out = engine.run(stage.name, inputs, symbols)
+        if guide is not None:
+            name, into, _ = step.carry[0]
+            out = {**out, name: guide.guided(i, inputs[into], out[name])}
         turns.append({name: out[name] for name, _ in step.collect})
         for name, into, initial in step.carry:
             inputs[into] = out[name]
-            if initial in RUNTIME_INPUTS:  # a sampler's state; a decoder's caches would be gigabytes
+            # of what runs from turn to turn only a sampler's state: a decoder's caches would be gigabytes
+            if taps is not None and initial in RUNTIME_INPUTS:
                 taps[f"{into}_after_step{i}"] = np.array(out[name])
             if follow is not None and name in dict(step.collect) and out[name].dtype == np.int32:
                 inputs[into] = np.array(follow[i : i + 1], dtype=np.int32)

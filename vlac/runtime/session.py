@@ -27,6 +27,7 @@ from vlac.runtime.actions import ACTION_STEPS, apply_action_steps
 from vlac.runtime.inputs import Prepared, bind, observe, prepare, resolve_units, runtime_types
 from vlac.runtime.observation import IMAGE_STEPS, STATE_STEPS, Array, apply_steps, check_steps
 from vlac.runtime.reuse import Reuse
+from vlac.runtime.rtc import HORIZON, MAX_WEIGHT, guidance
 from vlac.runtime.schedule import execute, finite_chunk, generated, per_token
 from vlac.runtime.tokenizer import check_text_steps, load_tokenizer, max_prompt_tokens
 from vlac.runtime.two_rate import Gate, Gated, Observed, age_ms, known_from
@@ -200,6 +201,7 @@ class Session:
         self._observed: Observed | None = None
         self._frames = Reuse()
         self._noted: tuple[str, ...] = ()
+        self._last: tuple[IO, NpArray] | None = None
         self.stats: dict[str, Any] = {}
         self.tokens: NpArray | None = None
         self.hparams = _hparams(artifact, chosen.name)
@@ -221,6 +223,12 @@ class Session:
         """What a person should know: from compiling, and from the last `act`."""
         return (*(str(w) for w in self.artifact.manifest.get("warnings", ())), *self._noted)
 
+    @property
+    def normalised(self) -> Array | None:
+        """The last chunk before it was brought to the robot's units, f32 [rows, action_dim], for `act(prev_chunk=)`."""
+        last = self._last
+        return None if last is None else apply_action_steps(last[0].normalised_action_steps, last[1])
+
     def act(
         self,
         images: Mapping[str, Any] | None = None,
@@ -235,6 +243,11 @@ class Session:
         unnorm_key: str | None = None,
         reuse: bool = True,
         n_actions: int | None = None,
+        prev_chunk: Any = None,
+        inference_delay: int = 0,
+        execution_horizon: int = HORIZON,
+        schedule: str = "linear",
+        max_guidance_weight: float = MAX_WEIGHT,
     ) -> Array:
         """One observation -> one action chunk, float32 [chunk_size, action_dim], or its first `n_actions` rows.
 
@@ -252,6 +265,11 @@ class Session:
             reuse: False computes everything anew and remembers nothing; see `stats["reused"]`.
             n_actions: how many actions are wanted, from the first on. Where no action looks at a later one, only so
                 many (or a few more, the next size there is) are computed: `stats["rows_computed"]`.
+            prev_chunk: what is left of the chunk that the robot is executing, for real-time chunking: the rows of
+                `normalised` from this observation's control step on, [T, action_dim]; None or no rows: no guidance.
+            inference_delay: its first rows, which will be executed before this chunk is there; the new chunk keeps
+                them. execution_horizon: up to this row the new chunk is drawn to the old one, less and less, as
+                `schedule` says: "zeros", "ones", "linear", "exp". max_guidance_weight: how hard at most.
 
         Raises:
             InputError: names the camera, state, task, tokens or noise that does not fit.
@@ -286,6 +304,19 @@ class Session:
                 n_actions=n_actions,
                 scene=None if seen is None else seen.scene,
             )
+            guide = None
+            if prev_chunk is not None and len(prev_chunk):
+                guide = guidance(
+                    self.artifact.program,
+                    io,
+                    lambda name: self.artifact.tensors[name].decode(),
+                    prev_chunk,
+                    len(ready.env["noise"]) if "noise" in ready.env else 0,
+                    delay=inference_delay,
+                    horizon=execution_horizon,
+                    schedule=schedule,
+                    most=max_guidance_weight,
+                )
             stats: dict[str, Any] = {"preprocess_ms": (time.perf_counter() - started) * 1e3}
             collected: dict[str, NpArray] = {}
             x = execute(
@@ -297,7 +328,9 @@ class Session:
                 collected=collected,
                 reuse=known,
                 known=None if seen is None else seen.values,
+                guide=guide,
             )
+            self._last = (io, x[:n_actions])
             steps = io.action_steps if units == "robot" else io.normalised_action_steps
             # a copy: the steps may be none, and what a stage returned is kept for the next call
             chunk = finite_chunk(apply_action_steps(steps, x, ready.state)[:n_actions], self._engine.engine).copy()
