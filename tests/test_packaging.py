@@ -137,7 +137,19 @@ def test_every_extra_and_its_packages_are_pinned() -> None:
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    installed = ("compile", "onnx", "openvino", "gguf", "bitsandbytes", "datasets", "sim", "report", "ray", "dev")
+    installed = (
+        "compile",
+        "onnx",
+        "openvino",
+        "gguf",
+        "bitsandbytes",
+        "datasets",
+        "sim",
+        "report",
+        "ray",
+        "serve",
+        "dev",
+    )
     assert set(extras) == {*installed, "optimum"}
     pinned = {
         line.split("==")[0].lower().replace("_", "-")
