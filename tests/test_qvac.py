@@ -19,6 +19,7 @@ import vlac
 from vlac.api import draw
 from vlac.artifact import Golden
 from vlac.checkpoint import read_policy
+from vlac.errors import VlacError
 from vlac.gguf_dialects import check_file
 from vlac.goldens import answer, synthetic
 from vlac.policy import Policy
@@ -98,3 +99,20 @@ def test_pi05_answers_as_our_reference(tmp_path: Path, target: str, least: float
     print(f"{target}: cosine {found:.9f}, max|d|/max {worst:.2e}")
     assert hparams["stateInputMode"] == "discrete" and hparams["numCameras"] == len(policy.io.cameras)
     assert found >= least and worst <= most
+
+
+def test_a_mutated_file_that_passes_the_check_does_not_end_the_engine(tmp_path: Path) -> None:
+    """60 mutations; benchmarks/qvac_mutations.py makes a thousand."""
+    small = files.write(tmp_path / "small")
+    result = vlac.compile(small, target="gguf-f32", out=tmp_path / "small.gguf", dialect="qvac", goldens=1)
+    assert result.path is not None
+    accepted = []
+    for path in files.mutants(result.path, tmp_path, 60, seed=3):
+        try:
+            check_file(path, "qvac")
+            accepted.append(path)
+        except VlacError:
+            continue
+    assert 5 <= len(accepted) < 40
+    found = qvac_peer.probe(accepted, tmp_path / "run")
+    assert {p.name: said for p, said in found.items() if "ran" not in said} == {}
