@@ -4,8 +4,8 @@ python benchmarks/flow_steps.py [CHECKPOINT] [--episodes N] [--workers N] [--ste
 
 CHECKPOINT: by default the bundled push-cubes policy. Drift: relative L2 of the normalised chunk (the robot's own
 columns) to the shipped sampler's on the last 16 recorded observations, the same noise; fits see the others. int8: the
-onnx-int8 artifact in ONNX Runtime on the same observations. --episodes runs push-cubes in closed loop on seeds 0, 1, ...
-for every row. Writes benchmarks/results/flow_steps.json.
+onnx-int8 artifact in ONNX Runtime on the same observations. --episodes runs push-cubes in closed loop on seeds
+0, 1, ... for every row. Writes benchmarks/results/flow_steps.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from compile_full_size import ROOT, machine, versions
-from visual_tokens import BUNDLED, chunks
+from visual_tokens import BUNDLED, chunks, divided
 
 import vlac
 from vlac import calibrate
@@ -36,7 +36,7 @@ def recipes(steps: list[int]) -> list[str]:
     found = []
     for n in steps:
         found += [f"steps={n},solver={s}" for s in ("euler", "ab2", *(("midpoint",) if n % 2 == 0 else ()))]
-        found.append(f"steps={n},solver=fitted,samples={{fit}}")
+        found.append(f"steps={n},solver=fitted,samples={{fit}}{{seen}}")
     return found
 
 
@@ -75,11 +75,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     policy = read_policy(str(options.checkpoint))
-    given = calibrate.observations(policy, 64)
-    judge, rows = given[-HELD:], []
-    want = chunks(policy, draw(policy), judge)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:
         out = Path(work)
+        seen, fit, judge = divided(policy, HELD, out)
+        want = chunks(policy, draw(policy), judge)
 
         def add(row: dict[str, Any], target: str, recipe: list[str]) -> None:
             if options.episodes:
@@ -100,10 +100,10 @@ def main() -> None:
             [],
         )
         for recipe in recipes([int(n) for n in options.steps.split(",")]):
-            full = ["flow-steps:" + recipe.format(fit=len(given) - HELD)]
+            full = ["flow-steps:" + recipe.format(fit=fit, seen=seen)]
             after = apply_passes(policy, full)
             row = {
-                "recipe": full[0],
+                "recipe": full[0].replace(seen, ""),
                 "evaluations": len(after.flow.times),
                 "drift": calibrate.drift(chunks(after, draw(after), judge), want),
                 "figures": dict(after.history[-1].figures),

@@ -5,7 +5,9 @@ python benchmarks/passes.py [--checkpoint FOLDER] [--observations N]
 Without --checkpoint: the tiny golden checkpoints (random weights: they tell that a pass is wired right and how passes
 compare, not what a trained policy would lose). Drift: relative L2 of the chunk against the untouched policy on
 observations that no pass was calibrated on, the same noise, the program lowered for gguf-f32 with weights as stored, in
-the fp32 engine. Multiplications: of linears and attention per chunk, every symbol at its largest. Nothing is timed.
+the fp32 engine. Multiplications: of linears and attention per chunk, every symbol at its largest. CPU: process time of
+a chunk in the torch engine on one thread, the least of the observations. Where a policy has recorded observations, the
+last 16 judge and passes see the others.
 Writes benchmarks/results/passes.json (passes-FOLDER.json with --checkpoint) and prints a table.
 """
 
@@ -15,12 +17,15 @@ import argparse
 import json
 import math
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from compile_full_size import ROOT, machine, versions
+from visual_tokens import divided
 
 from vlac import calibrate
 from vlac.api import apply_passes, lower_for
@@ -31,6 +36,7 @@ from vlac.goldens import reference_session, synthetic
 from vlac.graph import Call, Program, Repeat, infer_stage
 from vlac.passes.mixed_precision import stored
 from vlac.policy import Policy
+from vlac.recorded import Recorded
 from vlac.registry import ReadOptions, targets
 from vlac.runtime.session import execute, prepare
 
@@ -47,12 +53,17 @@ RECIPES: tuple[tuple[str, ...], ...] = (
     ("flow-steps:steps=2",),
     ("truncate-layers:keep={last},mode=kv-tap",),
     ("truncate-layers:keep={half}",),
+    ("truncate-layers:keep={half},select=influence,heal=ridge",),
     ("truncate-layers:keep={half},mode=kv-tap",),
     ("truncate-layers:keep={half},mode=kv-tap,heal=ridge",),
+    ("reduce-visual-tokens:factor=2,mass=0,positions=packed",),
     ("reduce-visual-tokens:factor=2",),
+    ("reduce-visual-tokens:factor=2,heal=ridge",),
+    ("merge-in-tower",),
     ("resolution:size={half_size}",),
     ("quantize-kv:k=8,v=8",),
     ("quantize-kv:k=4,v=4",),
+    ("quantize-kv:k=4,v=4,form=head",),
     ("quantize-kv:k=3,v=3",),
     ("smooth-norms:ratio=1",),
     ("rotate-values",),
@@ -98,17 +109,25 @@ def multiplications(program: Program) -> int:
     return total
 
 
+SECONDS: list[float] = []
+"""CPU seconds of every chunk since the last clear: of one thread, so that a busy machine hardly changes them."""
+
+
 def chunks(policy: Policy, given: Sequence[Any]) -> tuple[Program, list[np.ndarray]]:
+    SECONDS.clear()
     program, _, _ = lower_for(policy, targets.get("gguf-f32"), {})
     kept = {n: program.params[n].format for n in program.params if program.params[n].format != "f32"}
     changed = {n: program.weights[n].map(lambda w, f=f: stored(w, f)) for n, f in kept.items()}
-    session = reference_session(program.replace(weights=program.weights.with_(**changed)))
+    session = reference_session(program.replace(weights=program.weights.with_(**changed)), threads=1)
     found = []
     for o in given:
         ready = prepare(
             policy.io, policy.tokenizer, program, images=dict(o.images), state=o.state, task=o.task, noise=o.noise
         )
-        found.append(execute(program, session, ready.env, ready.symbols))
+        execute(program, session, ready.env, ready.symbols)
+        started = time.process_time()
+        found.append(execute(program, session, ready.env, ready.symbols)[:, : policy.io.action_dim])
+        SECONDS.append(time.process_time() - started)
     session.close()
     return program, found
 
@@ -126,6 +145,7 @@ def row(policy: Policy, recipe: list[str], given: Sequence[Any], want: Sequence[
         "cosine": float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)),
         "multiplications": multiplications(program),
         "weight_bytes": sum(math.prod(p.shape) * FORMATS[p.format].bits / 8 for p in program.params.values()),
+        "cpu_ms": round(1e3 * min(SECONDS), 2),
         "figures": dict(after.history[-1].figures) if after.history else {},
     }
 
@@ -133,6 +153,10 @@ def row(policy: Policy, recipe: list[str], given: Sequence[Any], want: Sequence[
 def measure(checkpoint: Path, spec: dict[str, Any], count: int, quick: bool) -> list[dict[str, Any]]:
     policy = read_policy(str(checkpoint), ReadOptions(spec=spec))
     given = synthetic(policy.io, count, seed=77)
+    work = tempfile.TemporaryDirectory()
+    if policy.recorded is not None:  # fits see the others
+        _, _, given = divided(policy, 16, Path(work.name))
+        policy = policy.replace(recorded=Recorded(Path(work.name) / "observations" / "seen"))
     _, want = chunks(policy, given)
     rows = []
     for recipe in RECIPES:
@@ -153,7 +177,7 @@ def table(measured: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: one row per recipe, for each checkpoint drift, work and weights as shares of the untouched policy's."""
     names = list(measured)
     lines = [
-        "| recipe | " + " | ".join(f"{n}: drift, work, weights" for n in names) + " |",
+        "| recipe | " + " | ".join(f"{n}: drift, work, CPU, weights" for n in names) + " |",
         "|---" * (1 + len(names)) + "|",
     ]
     base = {n: measured[n][0] for n in names}
@@ -164,8 +188,8 @@ def table(measured: dict[str, list[dict[str, Any]]]) -> str:
             if "refused" in r:
                 cells.append("refused")
                 continue
-            work, weights = (r[k] / base[n][k] for k in ("multiplications", "weight_bytes"))
-            cells.append(f"{r['drift']:.2g}, {work:.0%}, {weights:.0%}")
+            work, cpu, weights = (r[k] / base[n][k] for k in ("multiplications", "cpu_ms", "weight_bytes"))
+            cells.append(f"{r['drift']:.2g}, {work:.0%}, {cpu:.0%}, {weights:.0%}")
         lines.append(f"| `{' '.join(first['recipe']) or 'nothing'}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -184,6 +208,7 @@ def main() -> None:
         places = {
             n: (golden / n / "checkpoint", HEADS if n.startswith("pi") else {}) for n in ("smolvla_tiny", "pi0_tiny")
         }
+        places["push_cubes"] = (ROOT / "vlac" / "zoo" / "push_cubes", {})
         result = ROOT / "benchmarks" / "results" / "passes.json"
     measured = {n: measure(path, spec, options.observations, options.quick) for n, (path, spec) in places.items()}
     record = {"machine": machine(), "versions": versions(), "observations": options.observations, "rows": measured}

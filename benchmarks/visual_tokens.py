@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,15 @@ from vlac import calibrate
 from vlac.api import apply_passes, draw
 from vlac.artifact import Golden
 from vlac.checkpoint import read_policy
-from vlac.goldens import reference_session
+from vlac.goldens import reference_session, synthetic
 from vlac.graph import Node, Param, Program
 from vlac.policy import Policy
+from vlac.recorded import Recorded
 from vlac.runtime.session import execute, prepare
 from vlac.weights import LazyTensor
 
 BUNDLED = ROOT / "vlac" / "zoo" / "push_cubes"
-POOL = "reduce-visual-tokens:factor={f}"
+POOL = "reduce-visual-tokens:factor={f}{seen}"
 WAYS = {
     "plain average": POOL + ",mass=0,positions=packed",
     "average, weight": POOL + ",positions=packed",
@@ -40,7 +43,7 @@ WAYS = {
     "average, weight, positions": POOL,
     "average, weight, positions, ridge": POOL + ",heal=ridge,samples={n}",
     "average, ridge": POOL + ",mass=0,positions=packed,heal=ridge,samples={n}",
-    "merge-in-tower 25 % twice": "merge-in-tower:samples={n}",
+    "merge-in-tower, 25 % of the rows at each layer": "merge-in-tower:samples={n}{seen}",
 }
 
 
@@ -56,9 +59,32 @@ def chunks(policy: Policy, program: Program, given: Sequence[Golden]) -> list[np
     return found
 
 
+def divided(policy: Policy, held: int, folder: Path) -> tuple[str, int, tuple[Golden, ...]]:
+    """(parameter that names the observations a pass may see, their number, those that judge it).
+
+    Of an observations/ folder the last `held` are kept apart; without one, both parts are drawn from seeds.
+    """
+    if policy.recorded is None:
+        return "", 16, synthetic(policy.io, held, seed=77)
+    source, mine = policy.recorded.path, folder / "observations"
+    mine.mkdir()
+    table = json.loads((source / "index.json").read_text(encoding="utf-8"))
+    seen, judge = (
+        dict(table, observations=part) for part in (table["observations"][:-held], table["observations"][-held:])
+    )
+    for name, part in (("seen", seen), ("judge", judge)):
+        (mine / name).mkdir()
+        (mine / name / "index.json").write_text(json.dumps(part), encoding="utf-8")
+        for o in part["observations"]:
+            for picture in o["images"].values():
+                shutil.copy(source / picture, mine / name / picture)
+    given = Recorded(mine / "judge").take(policy.io, None)
+    return f",observations={mine / 'seen'}", len(seen["observations"]), given
+
+
 def random_drop(policy: Policy, factor: int, seed: int) -> Program:
     """The program of a plain average with one random token of each block in place of its mean."""
-    program = draw(apply_passes(policy, [WAYS["plain average"].format(f=factor)]))
+    program = draw(apply_passes(policy, [WAYS["plain average"].format(f=factor, seen="")]))
     stage = program.stage("vision")
     shuffle = max(i for i, n in enumerate(stage.nodes) if n.op == "pixel_shuffle" and n.attr["factor"] == factor)
     side = int(policy.spec.tokens_per_camera**0.5)
@@ -81,9 +107,11 @@ def random_drop(policy: Policy, factor: int, seed: int) -> Program:
 
 
 def measure(policy: Policy, factor: int, held: int) -> list[dict[str, Any]]:
-    given = calibrate.observations(policy, 64)
-    fit, judge = len(given) - held, given[-held:]
-    fitted = policy
+    with tempfile.TemporaryDirectory() as folder:
+        return _measure(policy, factor, *divided(policy, held, Path(folder)))
+
+
+def _measure(policy: Policy, factor: int, seen: str, fit: int, judge: Sequence[Golden]) -> list[dict[str, Any]]:
     want = chunks(policy, draw(policy), judge)
     rows = []
 
@@ -95,7 +123,7 @@ def measure(policy: Policy, factor: int, held: int) -> list[dict[str, Any]]:
     drops = [calibrate.drift(chunks(policy, random_drop(policy, factor, s), judge), want) for s in range(3)]
     add("random drop", float(np.mean(drops)), fewer)
     for way, recipe in WAYS.items():
-        after = apply_passes(fitted, [recipe.format(f=factor, n=fit)])
+        after = apply_passes(policy, [recipe.format(f=factor, n=fit, seen=seen)])
         got = chunks(after, draw(after), judge)
         add(way, calibrate.drift(got, want), after.spec.tokens_per_camera, after.history[-1].figures)
     return rows

@@ -87,13 +87,21 @@ def alike(policy: Policy, layer: int, given: Sequence[Golden]) -> NpArray:
     return np.asarray(np.mean(total, axis=0))
 
 
+def _drawn(policy: Policy) -> bool:
+    """Whether the family's drawing reads the merges of the spec: tried with one that merges nothing."""
+    vision = policy.spec.vision
+    if not hasattr(vision, "merges") or vision.merges:
+        return hasattr(vision, "merges")
+    rows = vision.grid**2
+    same = LazyTensor((rows, rows), lambda: np.eye(rows, dtype=np.float32), source="identity")
+    spec = dataclasses.replace(policy.spec, vision=dataclasses.replace(vision, merges=((0, ((rows, 1),)),)))
+    weights = policy.weights.with_(**{"vision.merge.0": same, "vision.unmerge": same})
+    return "vision.unmerge" in calibrate.draw(policy.replace(spec=spec, weights=weights)).params
+
+
 def _requires(policy: Policy, at: str, merge: float, samples: int, observations: str) -> None:
     vision = getattr(policy.spec, "vision", None)
-    if (
-        vision is None
-        or not hasattr(vision, "merges")
-        or "vision.layers.0.self_attn.k_proj.weight" not in policy.weights
-    ):
+    if vision is None or not _drawn(policy):
         raise Inapplicable(f"{policy.family} draws no merges in its tower", remedy="leave merge-in-tower out")
     if vision.merges:
         raise Inapplicable("rows are merged in the tower already", remedy="one merge-in-tower with more layers in at=")

@@ -122,6 +122,7 @@ SMALL = ("openvla_tiny", "tinyvla_tiny", "tinyvla_v1_tiny")
 RECIPES: dict[str, tuple[str, ...]] = {
     "flow-steps:steps=3": FLOW,
     "flow-steps:steps=4,solver=ab2": FLOW,
+    "merge-in-tower:samples=1": PREFIX,
     "mixed-precision:budget=0.2,samples=1,low=q8_0,high=f16": SMALL,
     "quantize-kv": (*PREFIX, "openvla_tiny"),
     "quantize-weights:format=q8_0": tuple(CASES),
