@@ -67,6 +67,12 @@ def act_all(policy: Policy, artifact: Path, given: Any) -> list[np.ndarray]:
     return found
 
 
+def save(checkpoint: str, rows: list[dict[str, Any]]) -> None:
+    record = {"machine": machine(), "versions": versions(), "checkpoint": checkpoint, "rows": rows}
+    path = ROOT / "benchmarks" / "results" / "flow_steps.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, nargs="?", default=BUNDLED)
@@ -87,6 +93,7 @@ def main() -> None:
                 row |= success(out / "one", options.episodes, options.workers)
             rows.append(row)
             print(row, flush=True)
+            save(options.checkpoint.name, rows)  # a fit takes a minute: what is measured stays
 
         robot = []
         for target in ("onnx-fp32", "onnx-int8"):
@@ -109,9 +116,6 @@ def main() -> None:
                 "figures": dict(after.history[-1].figures),
             }
             add(row, "onnx-fp32", full)
-    record = {"machine": machine(), "versions": versions(), "checkpoint": options.checkpoint.name, "rows": rows}
-    path = ROOT / "benchmarks" / "results" / "flow_steps.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
