@@ -165,6 +165,13 @@ def test_a_chunk_that_ends_too_early_leaves_the_robot_holding() -> None:
     assert replayed(rows=3, plan=Plan(3, delay=2), hold="last")[0] == [1, 2, 3, 3, 3, 303, 303, 303, 603]
 
 
+def test_with_rtc_the_policy_is_told_how_far_the_robot_is() -> None:
+    for plan, want in ((Plan(3, delay=2, rtc=True), [None, (3, 2), (3, 2)]), (Plan(3, delay=2), [None] * 3)):
+        policy = Numbers(6)
+        run_episode(policy, tape(9), 5, plan)
+        assert [seen.get("replayed") for seen in policy.seen] == want
+
+
 def test_an_inference_longer_than_the_replay_sets_the_pace() -> None:
     actions, asked = replayed(rows=8, plan=Plan(2, delay=4))
     assert asked == [0, 4, 8]

@@ -19,8 +19,11 @@ from conftest import ROOT, open_golden
 from family_cases import CASES as FAMILY_CASES
 
 import vlac
+from vlac.drivers import ArtifactDriver, noise_at
 from vlac.engines.base import get_engine
+from vlac.environments import PUSH_CUBES
 from vlac.errors import EngineError, InputError, VlacWarning
+from vlac.evaluate import evaluate
 from vlac.runtime.rtc import guidance_weight, prefix_weights
 from vlac.runtime.session import Session
 
@@ -124,6 +127,28 @@ def test_observed_frames_are_guided_as_well(compiled: Compiled) -> None:
         policy.observe(given["images"], given["task"])
         alone = {"state": given["state"], "noise": given["noise"]}
         assert np.array_equal(guided(policy, alone, answers["obs0/0/prev"], 0), want)
+
+
+def test_a_driver_in_closed_loop_goes_on_from_its_last_chunk(compiled: Compiled) -> None:
+    folder = open_golden(GOLDEN / "smolvla_tiny")
+    with opened(compiled("smolvla_tiny", "gguf-f32"), "torch") as policy:
+        given = folder.observation(1)
+        seen = {k: given[k] for k in ("images", "state", "task")}
+        driver = ArtifactDriver(policy)
+        driver.act({**seen, "moment": (1, 0)})
+        assert policy.normalised is not None
+        left = policy.normalised[3:]
+        plain = policy.act(**{**given, "noise": noise_at((1, 3), policy.io.noise_shape)})
+        driver.act({**seen, "moment": (1, 0)})
+        got = driver.act({**seen, "moment": (1, 3), "replayed": (3, 2)})
+        noise = noise_at((1, 3), policy.io.noise_shape)
+        assert np.array_equal(got, policy.act(**{**given, "noise": noise}, prev_chunk=left, inference_delay=2))
+        assert not np.array_equal(got, plain)
+
+
+def test_eval_with_rtc_wants_artifacts() -> None:
+    with pytest.raises(InputError, match="only artifacts are guided"):
+        evaluate(GOLDEN / "smolvla_tiny" / "checkpoint", PUSH_CUBES, episodes=1, rtc=True)
 
 
 WRONG = {

@@ -238,7 +238,8 @@ def test_taps_hold_every_stage_and_every_turn_and_change_nothing() -> None:
     assert list(taps) == [
         "image_tokens", "memory", "memory_valid", "x_after_step0", "x_after_step1", "x_after_step2", "x_next",
     ]  # fmt: skip
-    assert taps["image_tokens"].shape == (18, 8) and list(stats) == ["vision_ms", "prefix_ms", "flow_ms"]
+    assert taps["image_tokens"].shape == (18, 8)
+    assert list(stats) == ["vision_ms", "prefix_ms", "flow_ms", "flow_held_bytes"]
     np.testing.assert_array_equal(taps["x_after_step2"], chunk)
 
 

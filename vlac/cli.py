@@ -613,6 +613,9 @@ def eval_command(
         str | None,
         typer.Option(metavar="MS|measured", help="What an inference takes on the robot's clock; default: no time."),
     ] = None,
+    rtc: Annotated[
+        bool, typer.Option("--rtc", help="Real-time chunking: each chunk goes on from what is left of the last.")
+    ] = False,
     control: Annotated[
         str, typer.Option(metavar="none|shuffled|blank", help="Tell wrong instructions, or show black pictures.")
     ] = "none",
@@ -648,6 +651,7 @@ def eval_command(
             seed=seed,
             n_action_steps=n_action_steps,
             delay=milliseconds(delay),
+            rtc=rtc,
             control=control,
             engine=engine,
             threads=threads,

@@ -46,12 +46,20 @@ class ArtifactDriver:
         self.facts = {"target": session.hparams.target, "engine": session.hparams.engine, "name": session.hparams.name}
 
     def act(self, observation: Observation) -> NpArray:
-        """float32 [chunk_size, action_dim] in the robot's units."""
+        """float32 [chunk_size, action_dim] in the robot's units.
+
+        With "replayed" = (rows of the last chunk that have been executed, how many more will be until this one is
+        there) the chunk goes on from the last one.
+        """
         noise = noise_at(observation["moment"], self.io.noise_shape) if self._samples else None
         task = observation["task"] if self.io.text_steps else None
+        rtc: dict[str, Any] = {}
+        if "replayed" in observation and self.session.normalised is not None:
+            done, delay = observation["replayed"]
+            rtc = {"prev_chunk": self.session.normalised[done:], "inference_delay": delay}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", VlacWarning)  # a prompt that is cut is said when compiling
-            return self.session.act(observation["images"], observation["state"], task, noise=noise)
+            return self.session.act(observation["images"], observation["state"], task, noise=noise, **rtc)
 
     def close(self) -> None:
         """Frees the engine's memory."""

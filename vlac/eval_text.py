@@ -35,6 +35,8 @@ def eval_text(r: Report) -> str:
         ("replay", f"{r['n_action_steps']} actions of a chunk, then anew, at {number(r['control_hz'])} Hz"),
         ("delay", f"{number(d['ms'])} ms = {d['steps']} steps ({d['from']})" if d["ms"] else d["from"]),
     ]
+    if r.get("rtc"):
+        rows.append(("chunks", "each goes on from the one before (real-time chunking)"))
     if r["control"] != "none":
         rows.append(("control", _CONTROL[r["control"]]))
     lines = [f"{r['environment']}: {r['artifact']}", *pairs(rows), ""]

@@ -25,6 +25,7 @@ from vlac import metrics
 from vlac.drivers import Driver, Observation, Policy, open_driver
 from vlac.environments import Adapter, World, open_world
 from vlac.errors import EngineError, InputError
+from vlac.facts import is_artifact
 from vlac.registry import Progress, silent
 from vlac.statistics import mcnemar_exact, paired, wilson
 
@@ -65,10 +66,12 @@ class Plan:
     the robot goes on along the old chunk, past n_action_steps if it must, and holds when that ends. Row i of a chunk is
     meant for the i-th step after its observation: rows whose time has passed are dropped. The first chunk of an episode
     is waited for before the clock starts.
+    rtc: each chunk goes on from what is left of the one before (real-time chunking, vlac.runtime.rtc).
     """
 
     n_action_steps: int
     delay: int = 0
+    rtc: bool = False
 
     @property
     def period(self) -> int:
@@ -135,13 +138,16 @@ def run_episode(
         seen = {**observation, "task": told or task, "moment": (seed, step)}
         if control == "blank":
             seen["images"] = {k: np.zeros_like(v) for k, v in seen["images"].items()}
+        if plan.rtc and step:
+            seen["replayed"] = (step - began, plan.delay)
         started = time.perf_counter()
         chunk = np.asarray(policy.act(seen), dtype=np.float32)
         times.append((time.perf_counter() - started) * 1e3)
         _fits(chunk, plan, world)
         return chunk
 
-    chunk, began = ask(0), 0
+    began = 0
+    chunk = ask(0)
     coming: tuple[NpArray, int] | None = None
     success = ended = False
     step = 0
@@ -283,6 +289,7 @@ def evaluate(
     threads: int | None = None,
     workers: int = 1,
     pictures: Path | None = None,
+    rtc: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Success of an artifact (or checkpoint) over episodes `seed`, seed + 1, ...
@@ -296,16 +303,21 @@ def evaluate(
         workers: processes. More than 1 needs a main module that can be imported (`if __name__ == "__main__":`).
         pictures: folder for a GIF and a PNG strip of the first episode that succeeded and the first that failed.
 
+        rtc: real-time chunking, of `path` and of `against`.
+
     Returns: the report as JSON values. Raises VlacError for what cannot be run.
     """
     seeds = range(seed, seed + episodes)
     _check_seeds(adapter, seeds)
+    for given in (path, against) if rtc else ():
+        if given is not None and not is_artifact(given):
+            raise InputError(f"--rtc: {given} is a checkpoint, and only artifacts are guided", remedy="compile it")
     driver, world = open_driver(path, engine, threads or 1), open_world(adapter)
     try:
         facts = {**driver.facts, **_kind(path)}
         n = n_action_steps or driver.io.n_action_steps
         waited = _delay(delay, driver, world, seeds, progress)
-        plan = Plan(n, math.ceil(waited["ms"] * world.fps / 1e3))
+        plan = Plan(n, math.ceil(waited["ms"] * world.fps / 1e3), rtc)
         _fits(np.zeros((driver.io.chunk_size, driver.io.action_dim)), plan, world)
         told = instructions(world, seeds, control)
         fps, longest = world.fps, world.max_steps
@@ -321,6 +333,7 @@ def evaluate(
         "episodes": episodes,
         "seeds": [seeds[0], seeds[-1]],
         "n_action_steps": n,
+        "rtc": rtc,
         "control": control,
         "control_hz": fps,
         "max_steps": longest,
@@ -360,7 +373,6 @@ def _kind(path: str | Path) -> dict[str, Any]:
     """Size and hash of an artifact; of a checkpoint nothing."""
     from vlac.artifact import open_artifact
     from vlac.bench import fingerprint
-    from vlac.facts import is_artifact
 
     if not is_artifact(path):
         return {}

@@ -1,0 +1,74 @@
+"""What latency does to success, with and without real-time chunking: the bundled policy in closed loop.
+
+python benchmarks/rtc.py [--episodes 200] [--seed 0] [--delays 0 200 400] [--target gguf-f32] [--workers N]
+    [--out FILE.json]
+
+For every delay (milliseconds on the robot's clock) the same episodes twice, with the same noise: naive replay of chunks
+(vlac.evaluate.Plan), and each chunk going on from what is left of the one before. Success with Wilson's interval, the
+paired difference with its interval and McNemar's exact p, and the jerk of the executed actions. Nothing is timed.
+Writes benchmarks/results/rtc.json after every delay; delays of the same episodes that are there already are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from compile_full_size import ROOT, machine, versions
+
+import vlac
+from vlac.environments import PUSH_CUBES
+from vlac.evaluate import evaluate
+from vlac.machine import usable_cores
+from vlac.progress import progress
+from vlac.statistics import paired
+
+RESULT = ROOT / "benchmarks" / "results" / "rtc.json"
+FIGURES = ("success", "mean_steps", "mean_steps_succeeded", "jerk", "inferences")
+
+
+def row(artifact: Path, delay: float, asked: dict[str, Any]) -> dict[str, Any]:
+    """Both ways of one delay, and their paired difference."""
+    made: dict[str, Any] = {"delay_ms": delay}
+    succeeded = {}
+    for name, rtc in (("naive", False), ("rtc", True)):
+        with progress(False) as show:
+            report = evaluate(artifact, PUSH_CUBES, delay=delay, rtc=rtc, progress=show, **asked)
+        made["delay_steps"] = report["delay"]["steps"]
+        made[name] = {k: report[k] for k in FIGURES}
+        succeeded[name] = [bool(r["success"]) for r in report["rows"]]
+    table = paired(succeeded["rtc"], succeeded["naive"])
+    low, high = table.interval()
+    return {**made, "paired": {"difference": table.difference, "low": low, "high": high, "p": table.p}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--delays", type=float, nargs="+", default=[0, 200, 400])
+    parser.add_argument("--target", default="gguf-f32")
+    parser.add_argument("--workers", type=int, default=usable_cores())
+    parser.add_argument("--out", type=Path, default=RESULT)
+    given = parser.parse_args()
+    key = {"episodes": given.episodes, "seed": given.seed, "target": given.target}
+    known = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
+    rows = known["rows"] if known.get("asked") == key else []
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = vlac.compile("push-cubes", given.target, Path(folder) / "out").path
+        for delay in given.delays:
+            if any(r["delay_ms"] == delay for r in rows):
+                continue
+            asked = {"episodes": given.episodes, "seed": given.seed, "workers": given.workers}
+            rows = sorted([*rows, row(artifact, delay, asked)], key=lambda r: r["delay_ms"])
+            result = {"asked": key, "machine": machine(), "versions": versions(), "rows": rows}
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            print(json.dumps(rows, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
