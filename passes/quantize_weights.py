@@ -55,6 +55,11 @@ WEIGHTED = ("q4_0", "q4_1", "q5_0", "iq4_nl", "q4_k", "q5_k", "q6_k")
 """Formats that ggml packs by importance."""
 
 
+TOWERING = 64.0
+"""Times a typical channel's root mean square: where a value is beyond it, one scale for all would leave the others a
+code or two, and rows get scales of their own. Gaussian inputs stay below 6, channels that a norm lifts by 25 do not."""
+
+
 @dataclass(frozen=True)
 class Ask:
     """The pass's parameters, checked: `format` is "" where only bits and group were given, `how` is how to round."""
@@ -279,9 +284,10 @@ def _apply(policy: Policy, **params: Any) -> tuple[Policy, Mapping[str, Any]]:
         policy = policy.replace(importance={**policy.importance, **importance})
         figures["weighted"] = len(importance)
     if ask.act == "int8-tensor":
-        fixed = tuple((w, ask.act, top) for w, (_, top) in reads.items() if top > 0)
+        towering = {w for w, (squares, top) in reads.items() if top > TOWERING * np.sqrt(np.median(squares))}
+        fixed = tuple((w, "int8-token" if w in towering else ask.act, top) for w, (_, top) in reads.items() if top > 0)
         policy = policy.replace(activations=(*policy.activations, *fixed))
-        figures["activations_fixed"] = len(fixed)
+        figures |= {"activations_fixed": len(fixed) - len(towering), "activations_by_row": sorted(towering)}
     elif ask.act != "none" or policy.activations:
         policy = policy.replace(activations=(*policy.activations, (ask.match, ask.act, 0.0)))
     return policy, figures

@@ -72,6 +72,7 @@ class StageEmitter:
         self.ranges = ranges
         self.form = form
         self.types = infer_stage(stage, program.params)
+        self._nodes = {n.name: n for n in stage.nodes}
         self.constants: dict[str, NpArray] = {}
         self.cache: dict[tuple[Any, ...], Any] = {}
         self._names = dict(given)
@@ -80,7 +81,7 @@ class StageEmitter:
     def emit(self) -> dict[str, str]:
         """All nodes; returns the name in the graph of every output of the stage."""
         for node in self.stage.nodes:
-            if not self._fold(node):
+            if not self._fold(node) and not self._absorbed(node):
                 if node.op not in EMITTERS:
                     raise Unsupported(
                         f"stage {self.stage.name}: {node.name} = {node.op} has no ONNX form", remedy="use a gguf target"
@@ -103,6 +104,23 @@ class StageEmitter:
             return False
         self.constants[node.name] = np.asarray(op.reference([self.constants[i] for i in node.inputs], node.attr))
         return True
+
+    def fixed(self, operand: str) -> Node | None:
+        """The node that rounds this operand with a scale that is known, if it is one."""
+        node = self._nodes.get(operand)
+        return node if node is not None and node.op == "round_int8" and node.attr["form"] == "tensor" else None
+
+    def integer(self, node: Node) -> bool:
+        """Whether this is a linear that multiplies integers in this form of the graph."""
+        weight = self.program.params.get(node.inputs[1][1:]) if node.op == "linear" else None
+        return self.form in ("integer", "linears") and weight is not None and weight.format == "int8"
+
+    def _absorbed(self, node: Node) -> bool:
+        """A rounding whose readers all read its codes."""
+        if self.fixed(node.name) is None or node.name in self.stage.outputs:
+            return False
+        readers = [n for n in self.stage.nodes if node.name in n.inputs]
+        return all(self.integer(n) and n.inputs[0] == node.name for n in readers)
 
     # names and shapes
 
@@ -407,8 +425,12 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     product = e.tmp(out, "product") if biased else out
     weight = n.inputs[1]
     w = e.graph.param(weight[1:]) if weight.startswith("@") else None
-    if w is not None and w.format == "int8" and e.form in ("integer", "linears"):
-        _linear_integer(e, n.inputs[0], w, product)
+    if w is not None and e.integer(n):
+        known = e.fixed(n.inputs[0])
+        if known is None:
+            _linear_integer(e, n.inputs[0], w, product)
+        else:
+            _linear_fixed(e, known, w, product)
     elif w is not None and w.format in ("int8", *INT4):
         e.node("MatMul", [e(n.inputs[0]), _dequantized(e, w)], product)
     else:
@@ -437,6 +459,15 @@ def _linear_integer(e: StageEmitter, x: str, w: Weight, out: str) -> None:
     inputs = [quantized, q, e.f32(1.0), w.scale, zero]
     raw = e.graph.node("MatMulIntegerToFloat", inputs, e.tmp(out, "integer"), domain=MICROSOFT)
     e.node("Mul", [raw, column], out)
+
+
+def _linear_fixed(e: StageEmitter, known: Node, w: Weight, out: str) -> None:
+    """The scale is a constant: nothing is looked at while running, and the product needs no correction behind it."""
+    x, zero = e(known.inputs[0]), e.graph.const(128, np.uint8)
+    scale = e.f32(known.attr["largest"] / 127)
+    codes = e.once(("codes", known.name), lambda: e.node("QuantizeLinear", [x, scale, zero], e.tmp(x, "fixed")))
+    inputs = [codes, _columns(e, w.values, w.layout == "columns"), scale, w.scale, zero]
+    e.graph.node("MatMulIntegerToFloat", inputs, out, domain=MICROSOFT)
 
 
 @_emits("round_int8")

@@ -101,8 +101,12 @@ def apply_passes(policy: Policy, recipe: Sequence[str]) -> Policy:
 
 
 def apply_own_passes(policy: Policy, target: Target) -> Policy:
-    """What a target wants done to every policy, where it applies; a pass that changed nothing is not noted."""
-    for step in target.passes:
+    """What a target wants done to every policy, where it applies; a pass that changed nothing is not noted.
+
+    Not after passes that chose codes or scales: these belong to the weights and inputs as they are then.
+    """
+    rounded = policy.precision or policy.activations or policy.importance or policy.rotations
+    for step in () if rounded else target.passes:
         try:
             after = apply_passes(policy, [step])
         except Inapplicable:
@@ -249,7 +253,8 @@ def compile(
         ),
     )
     given_data = None if calibrate is None else Recorded(Path(calibrate), dict(rename or {}))
-    policy = apply_passes(original.replace(recorded=given_data or original.recorded), steps)
+    policy = original.replace(recorded=given_data or original.recorded)
+    policy = apply_passes(policy if dialect else apply_own_passes(policy, entry), steps)
     policy = policy if dialect else apply_own_passes(policy, entry)
     fitted = fit_for(policy, entry, dialect) if dialect else lower_for(policy, entry, options)
     program, requested, role = fitted
