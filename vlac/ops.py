@@ -615,7 +615,8 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     """softmax(q k^T * scale, masked) v per head, heads concatenated.
 
     q [Nq, H*d], k [Nk, G*d], v [Nk, G*e], heads side by side in the columns; query head h reads kv head h // (H/G).
-    mask [Nq, Nk] bool, true = attend; or f32, added to the logits (weighted_mask). A row with no true entry gives some finite value that nobody may read.
+    mask [Nq, Nk] bool, true = attend; or f32, added to the logits (weighted_mask). A row with no true entry gives some
+    finite value that nobody may read.
     """
     h, g = a["heads"], a["kv_heads"]
     q, k, v = (_f64(t) for t in x[:3])
