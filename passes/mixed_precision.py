@@ -1,19 +1,25 @@
-"""mixed-precision: two storage formats, the finer one where the action chunk notices, until a drift budget holds.
+"""mixed-precision: each linear and embedding in the format that the action chunk needs, within a budget.
 
-Every linear of the lowered program is stored in the coarse format alone, and the chunk's drift is measured on
-observations with fixed noise: its sensitivity. Linears are then promoted in the order of squared sensitivity per byte
-that promotion costs (errors of linears add up in squares; HAWQ's rule with the chunk itself in place of a Hessian), and
-the smallest number of promotions whose joint drift, measured again, is within the budget is found by bisection. The
-result is a plain table of names and formats in the policy's precision plan: the manifest's census shows it, and it can
-be written down as quantize-weights steps of a recipe. Names are those of the lowered program, so passes that change the
-network come first. Costs one run of the stages behind a linear for each linear and observation.
+Every one is stored in each format of a ladder alone, and the drift of the chunk is measured, the noise being the same.
+Starting from the coarsest, the step up that saves the most squared drift per byte is taken again and again (errors of
+linears add up in squares; HAWQ's rule, arXiv 1911.03852, with the chunk itself in place of a Hessian). Of the plans on
+that way the smallest whose joint drift, measured again, is within budget=rel_l2<=X is found by bisection; size<=Y takes
+the last plan that is not larger; both together must both hold. The result is a table of names and formats (write=FILE)
+that can be read, edited and passed back (table=FILE). Names are those of the lowered network, so passes that change it
+come first. Measurements are kept beside the table as they are made: a killed run goes on where it was.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,11 +33,13 @@ from vlac.layouts import quantize_int4_blocks, quantize_int8_rows
 from vlac.lower import lower, roles
 from vlac.ops import NpArray
 from vlac.policy import Policy
-from vlac.registry import Pass, passes
+from vlac.registry import Pass, passes, telling
 from vlac.runtime.inputs import Prepared
 from vlac.runtime.session import execute, prepare
 
-USABLE = ("int4", "q4_0", "q5_0", "int8", "q8_0", "bf16", "f16", "f32")
+LADDERS = (("q4_0", "q5_0", "q8_0", "f16", "f32"), ("int4", "int8", "f16", "f32"), ("bf16", "f32"))
+"""Formats of one container, coarsest first."""
+USABLE = tuple(dict.fromkeys(f for rungs in LADDERS for f in rungs))
 
 
 def stored(weight: NpArray, format: str) -> NpArray:
@@ -107,11 +115,6 @@ def fewest(count: int, holds: Callable[[int], bool]) -> int:
     return low
 
 
-def plan_of(order: Sequence[str], promoted: int, low: str, high: str) -> dict[str, str]:
-    """The first `promoted` names in `high`, the others in `low`."""
-    return {name: high if i < promoted else low for i, name in enumerate(order)}
-
-
 def nbytes(params: Mapping[str, Param], formats: Mapping[str, str]) -> int:
     """Bytes of these weights in these formats, rows padded to whole blocks."""
     total = 0
@@ -121,59 +124,292 @@ def nbytes(params: Mapping[str, Param], formats: Mapping[str, str]) -> int:
     return total
 
 
+# --- the way up --------------------------------------------------------------------------------------------------
+
+
+def ladder_of(low: str, high: str) -> tuple[str, ...]:
+    """The formats of low's container (ggml's blocks, or ONNX's) from `low` to `high`, coarsest first."""
+    found = next(rungs for rungs in LADDERS if low in rungs)
+    return found[found.index(low) : found.index(high) + 1]
+
+
+def steps_up(
+    alone: Mapping[tuple[str, str], float], price: Callable[[str, str], int], names: Sequence[str], rungs: Sequence[str]
+) -> list[tuple[str, str]]:
+    """(name, next format) in the order in which steps are taken, from all coarsest to all finest.
+
+    alone: drift by (name, format). Of a weight's finer formats the one that saves the most squared drift per byte is
+    next, those between are passed over; drift that does not fall with a finer format counts as no saving.
+    """
+    at = dict.fromkeys(names, 0)
+    order: list[tuple[str, str]] = []
+    while True:
+        best: tuple[float, str, int] | None = None
+        for name in names:
+            now = alone[name, rungs[at[name]]] ** 2
+            for i in range(at[name] + 1, len(rungs)):
+                cost = price(name, rungs[i]) - price(name, rungs[at[name]])
+                worth = max(now - alone[name, rungs[i]] ** 2, 0.0) / max(cost, 1)
+                if best is None or worth > best[0]:
+                    best = (worth, name, i)
+        if best is None:
+            return order
+        _, name, i = best
+        at[name] = i
+        order.append((name, rungs[i]))
+
+
+def plan_at(order: Sequence[tuple[str, str]], names: Sequence[str], low: str, count: int) -> dict[str, str]:
+    """Formats after the first `count` steps."""
+    return {**dict.fromkeys(names, low), **dict(order[:count])}
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def table_text(plan: Mapping[str, str], params: Mapping[str, Param], alone: Mapping[tuple[str, str], float]) -> str:
+    """The plan as text: name, format, bytes, drift of this weight alone in this format. Edit the second column."""
+    width = max(len(n) for n in plan)
+    lines = [f"# {'weight'.ljust(width - 2)}  format  bytes  drift alone"]
+    for name, fmt in plan.items():
+        drift = f"{alone[name, fmt]:.6f}" if (name, fmt) in alone else "-"
+        lines.append(f"{name.ljust(width)}  {fmt.ljust(6)}  {nbytes(params, {name: fmt})}  {drift}")
+    return "\n".join(lines) + "\n"
+
+
+def read_table(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Names and formats of a table; Inapplicable names the line that is wrong, and weights that are missing."""
+    if not path.is_file():
+        raise Inapplicable(f"table={path} is no file", remedy="write=FILE writes one")
+    plan: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        words = line.split("#")[0].split()
+        if not words:
+            continue
+        if len(words) < 2 or words[1] not in FORMATS:
+            raise Inapplicable(f"{path}, line {number}: {line!r:.80}: expected a name and one of {', '.join(FORMATS)}")
+        if words[0] not in names:
+            near = get_close_matches(words[0], names, 1)
+            raise Inapplicable(
+                f"{path}, line {number}: no weight {words[0]!r} in the lowered network",
+                remedy=f"the nearest: {near[0]}" if near else "`vlac inspect --program` shows the names",
+            )
+        plan[words[0]] = words[1]
+    if missing := [n for n in names if n not in plan]:
+        raise Inapplicable(f"{path} leaves out {len(missing)} weights, the first: {missing[0]}")
+    return plan
+
+
+class Kept:
+    """Drifts measured before, in a file of JSON lines under a key of what they were measured on."""
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self.path, self.key = path, key
+        self.known: dict[str, float] = {}
+        if path is not None and path.is_file():
+            text = path.read_text(encoding="utf-8")
+            if not text.endswith("\n"):  # the last line of a killed run
+                path.write_text(text + "\n", encoding="utf-8")
+            for line in text.splitlines():
+                with suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line)
+                    if entry["key"] == key:
+                        self.known[entry["plan"]] = float(entry["drift"])
+
+    def drift(self, bench: Bench, formats: Mapping[str, str]) -> float:
+        """As `bench.drift`, from the file where it knows the answer."""
+        plan = ",".join(f"{n}={f}" for n, f in sorted(formats.items()))
+        plan = plan if len(formats) == 1 else hashlib.sha256(plan.encode()).hexdigest()
+        if plan not in self.known:
+            self.known[plan] = bench.drift(formats)
+            if self.path is not None:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": self.key, "plan": plan, "drift": self.known[plan]}) + "\n")
+        return self.known[plan]
+
+
 # --- the pass ----------------------------------------------------------------------------------------------------
 
 
-def _requires(policy: Policy, budget: float, low: str, high: str, samples: int, observations: str) -> None:
-    for key, value in (("low", low), ("high", high)):
+def limit_of(text: str) -> float:
+    """ "rel_l2<=0.02", "<=0.02" or "0.02" -> 0.02; inf for ""."""
+    bare = text.removeprefix("rel_l2").removeprefix("<=").strip()
+    try:
+        value = float(bare) if text else math.inf
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise Inapplicable(f"budget={text!r}: write rel_l2<=X with X above 0, such as rel_l2<=0.02")
+    return value
+
+
+def size_of(text: str) -> float:
+    """ "<=300MB", "300MB", "0.3GB", "500kB" -> bytes; inf for ""."""
+    m = re.fullmatch(r"(?:<=)?\s*([0-9.]+)\s*(B|kB|KB|MB|GB)?", text)
+    if text and (m is None or not m[1].strip(".") or m[1].count(".") > 1 or float(m[1]) <= 0):
+        raise Inapplicable(f"size={text!r}: write a number with B, kB, MB or GB, such as size<=300MB")
+    return float(m[1]) * {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, None: 1}[m[2]] if m else math.inf
+
+
+def _requires(policy: Policy, **p: Any) -> None:
+    for key, value in (("low", p["low"]), ("high", p["high"])):
         if value not in USABLE:
             raise Inapplicable(f"{key}={value!r}; there are: {', '.join(USABLE)}")
-    if not FORMATS[low].bits < FORMATS[high].bits:
+    rungs = next(r for r in LADDERS if p["low"] in r)
+    if p["high"] not in rungs or rungs.index(p["low"]) >= rungs.index(p["high"]):
         raise Inapplicable(
-            f"low={low} has {FORMATS[low].bits} bits a value, high={high} {FORMATS[high].bits}: high must be finer"
+            f"low={p['low']} has {FORMATS[p['low']].bits} bits a value, high={p['high']} {FORMATS[p['high']].bits}: "
+            f"high must be finer, of the same container: {', '.join(rungs)}"
         )
-    if not (budget > 0 and math.isfinite(budget)):
-        raise Inapplicable(f"budget={budget}: a relative L2 distance above 0, such as 0.02")
+    if not (p["budget"] or p["size"] or p["table"]):
+        raise Inapplicable("give budget=rel_l2<=X, size<=Y (whole weights), both, or table=FILE")
+    limit_of(p["budget"]), size_of(p["size"])
     if policy.rotations:
         raise Inapplicable("the policy's weights are to be stored rotated already", remedy="mixed-precision first")
 
 
-def _apply(
-    policy: Policy, budget: float, low: str, high: str, samples: int, observations: str
-) -> tuple[Policy, Mapping[str, Any]]:
-    bench = Bench.of(policy, samples, observations)
-    params = bench.program.params
-    names = [n for n, kind in roles(bench.program).items() if kind == "linear"]
-    finest = bench.drift(plan_of(names, len(names), low, high))
-    if finest > budget:
+def _items(program: Program) -> list[str]:
+    """Linears and embedding tables."""
+    return [n for n, kind in roles(program).items() if kind in ("linear", "embed")]
+
+
+def _apply(policy: Policy, **p: Any) -> tuple[Policy, Mapping[str, Any]]:
+    if p["table"]:
+        program = lower(calibrate.draw(policy))
+        plan = read_table(Path(p["table"]), _items(program))
+        figures: dict[str, Any] = {"weights": len(plan), "bytes": _whole(program, plan)}
+        return policy.replace(precision=(*policy.precision, *plan.items())), figures
+    bench = Bench.of(policy, p["samples"], p["observations"])
+    names, rungs = _items(bench.program), ladder_of(p["low"], p["high"])
+    path = Path(p["write"]) if p["write"] else None
+    measured = Kept(path and path.with_name(f"{path.name}.measured"), _key(policy, bench, p))
+    told, alone, pairs = telling(), {}, [(n, f) for f in rungs for n in names]
+    for i, (name, fmt) in enumerate(pairs):
+        told("drift of every weight in every format", i, len(pairs))
+        alone[name, fmt] = measured.drift(bench, {name: fmt})
+    order = steps_up(alone, lambda n, f: nbytes(bench.program.params, {n: f}), names, rungs)
+    count, drift = _chosen(bench, measured, order, names, rungs, limit_of(p["budget"]), size_of(p["size"]))
+    plan = plan_at(order, names, rungs[0], count)
+    uniform = {f: (measured.drift(bench, dict.fromkeys(names, f)), dict.fromkeys(names, f)) for f in rungs}
+    if p["size"]:
+        starts = [(drift, plan), *(u for u in uniform.values() if _whole(bench.program, u[1]) <= size_of(p["size"]))]
+        best = min(starts, key=lambda s: s[0])
+        drift, plan = _exchanged(bench, measured, *best, alone, rungs, size_of(p["size"]))
+    figures = {
+        "weights": len(names),
+        "steps": count,
+        "drift": round(drift, 6),
+        "bytes": _whole(bench.program, plan),
+        **{f"drift_all_{f}": round(d, 6) for f, (d, _) in uniform.items()},
+        **{f"bytes_all_{f}": _whole(bench.program, all_f) for f, (_, all_f) in uniform.items()},
+        **_where(plan, bench.program),
+    }
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(table_text(plan, bench.program.params, alone), encoding="utf-8")
+    return policy.replace(precision=(*policy.precision, *plan.items())), figures
+
+
+def _chosen(
+    bench: Bench,
+    measured: Kept,
+    order: Sequence[tuple[str, str]],
+    names: Sequence[str],
+    rungs: Sequence[str],
+    limit: float,
+    most: float,
+) -> tuple[int, float]:
+    """(steps taken, joint drift). Inapplicable with the numbers where no plan on the way keeps the budget."""
+
+    def joint(count: int) -> float:
+        return measured.drift(bench, plan_at(order, names, rungs[0], count))
+
+    sizes = [_whole(bench.program, plan_at(order, names, rungs[0], i)) for i in range(len(order) + 1)]
+    fits = [i for i, size in enumerate(sizes) if size <= most]
+    if not fits:
+        raise Inapplicable(f"size: with all {len(names)} weights in {rungs[0]} they take {sizes[0] / 1e6:.3f} MB")
+    if limit == math.inf:
+        return fits[-1], joint(fits[-1])
+    finest = joint(len(order))
+    if finest > limit:
         raise Inapplicable(
-            f"budget={budget}: with all {len(names)} linears in {high} the chunk drifts by {finest:.3g}",
+            f"budget={limit:g}: with all {len(names)} weights in {rungs[-1]} the chunk drifts by {finest:.3g}",
             remedy="a larger budget, or a finer high=",
         )
-    alone = {n: bench.drift({n: low}) for n in names}
-    price = {n: nbytes(params, {n: high}) - nbytes(params, {n: low}) for n in names}
-    order = sorted(names, key=lambda n: -(alone[n] ** 2) / price[n])
-    measured: dict[int, float] = {len(order): finest}
+    count = fewest(len(order), lambda n: joint(n) <= limit)
+    if count not in fits:
+        raise Inapplicable(
+            f"a drift of {limit:g} takes {sizes[count] / 1e6:.3f} MB, within the size it is {joint(fits[-1]):.3g}",
+            remedy="a larger size or a larger budget",
+        )
+    return count, joint(count)
 
-    def holds(promoted: int) -> bool:
-        measured[promoted] = bench.drift(plan_of(order, promoted, low, high))
-        return measured[promoted] <= budget
 
-    promoted = fewest(len(order), holds)
-    formats = plan_of(order, promoted, low, high)
-    uniform = {fmt: nbytes(params, dict.fromkeys(names, fmt)) for fmt in (low, high)}
-    figures = {
-        "linears": len(names),
-        "promoted": promoted,
-        "drift": round(measured[promoted], 6),
-        f"drift_all_{low}": round(bench.drift(plan_of(order, 0, low, high)), 6),
-        f"drift_all_{high}": round(finest, 6),
-        "bytes": nbytes(params, formats),
-        f"bytes_all_{low}": uniform[low],
-        f"bytes_all_{high}": uniform[high],
-        "most_sensitive": order[0],
-    }
-    return policy.replace(precision=(*policy.precision, *formats.items())), figures
+EXCHANGES = 12
+"""Tries at giving one weight's bytes to another, each measured jointly, where the size is what is fixed."""
+
+
+def _exchanged(
+    bench: Bench,
+    measured: Kept,
+    drift: float,
+    plan: dict[str, str],
+    alone: Mapping[tuple[str, str], float],
+    rungs: Sequence[str],
+    most: float,
+) -> tuple[float, dict[str, str]]:
+    """The plan with weights a step finer that gain most for their bytes and others a step coarser that lose least, as
+    long as the joint drift falls: what is measured alone does not tell everything."""
+    params = bench.program.params
+
+    def rate(name: str, to: str) -> float:
+        change = abs(alone[name, plan[name]] ** 2 - alone[name, to] ** 2)
+        return change / max(1, abs(nbytes(params, {name: to}) - nbytes(params, {name: plan[name]})))
+
+    refused: set[str] = set()
+    for _ in range(EXCHANGES):
+        up = {n: rungs[rungs.index(f) + 1] for n, f in plan.items() if f != rungs[-1] and n not in refused}
+        down = {n: rungs[rungs.index(f) - 1] for n, f in plan.items() if f != rungs[0]}
+        if not up:
+            break
+        first = max(up, key=lambda n: rate(n, up[n]))
+        trial = {**plan, first: up[first]}
+        for name in sorted(down.keys() - {first}, key=lambda n: rate(n, down[n])):
+            if _whole(bench.program, trial) <= most:
+                break
+            trial[name] = down[name]
+        joint = measured.drift(bench, trial) if _whole(bench.program, trial) <= most else math.inf
+        if joint < drift:
+            drift, plan = joint, trial
+        else:
+            refused.add(first)
+    return drift, plan
+
+
+def _whole(program: Program, plan: Mapping[str, str]) -> int:
+    """Bytes of all weights: those of the plan, and the rest in float32."""
+    rest = sum(4 * math.prod(param.shape) for name, param in program.params.items() if name not in plan)
+    return nbytes(program.params, plan) + rest
+
+
+def _where(plan: Mapping[str, str], program: Program) -> dict[str, float]:
+    """Mean bits a value by the part of the network (the name's first word): who deserves them."""
+    bits: dict[str, float] = {}
+    values: dict[str, int] = {}
+    for name, fmt in plan.items():
+        part, count = name.split(".")[0], math.prod(program.params[name].shape)
+        bits[part] = bits.get(part, 0.0) + FORMATS[fmt].bits * count
+        values[part] = values.get(part, 0) + count
+    return {f"bits_{part}": round(total / values[part], 2) for part, total in bits.items()}
+
+
+def _key(policy: Policy, bench: Bench, p: Mapping[str, Any]) -> str:
+    """Of everything that a drift depends on: program, checkpoint, passes before, observations."""
+    digest = hashlib.sha256(str(bench.program).encode())
+    digest.update(json.dumps([dict(policy.source.files), [vars(h) for h in policy.history]], default=str).encode())
+    for ready, _, chunk in bench.seen:
+        digest.update(chunk.tobytes() + b"".join(v.tobytes() for v in ready.env.values()))
+    return digest.hexdigest()[:32]
 
 
 MIXED_PRECISION = passes.add(
@@ -181,13 +417,16 @@ MIXED_PRECISION = passes.add(
         name="mixed-precision",
         apply=_apply,
         params={
-            "budget": (float, None, "relative L2 drift of the chunk that the linears' formats may cause"),
-            "low": (str, "q4_0", "format of linears that do not matter: " + ", ".join(USABLE)),
-            "high": (str, "q8_0", "format of those that do"),
-            "samples": (int, 4, "observations to measure on"),
-            "observations": (str, "", "an .npz file of them; seeded ones without it"),
+            "budget": (str, "", "rel_l2<=X: relative L2 drift of the chunk that these formats may cause"),
+            "size": (str, "", "<=300MB: bytes of all weights, what is neither linear nor embedding in float32"),
+            "low": (str, "q4_0", "coarsest format: " + ", ".join(USABLE)),
+            "high": (str, "f16", "finest format"),
+            "table": (str, "", "a table to take formats from instead of measuring"),
+            "write": (str, "", "where to write the table; measurements are kept beside it"),
+            "samples": (int, 8, "observations to measure on"),
+            "observations": (str, "", "a dataset, a folder or an .npz file of them; the policy's own without it"),
         },
         requires=_requires,
-        doc="A finer format for the linears that the chunk notices, within a drift budget.",
+        doc="Each weight in the format that the chunk needs, within a budget of drift, size or both.",
     )
 )

@@ -32,7 +32,7 @@ from vlac.ops import NpArray
 from vlac.passes.smooth_norms import Smoothable, moved, smoothable
 from vlac.policy import Policy
 from vlac.propagate import Seen, propagate
-from vlac.registry import Pass, passes
+from vlac.registry import Pass, passes, telling
 from vlac.rewrites.corrections import ROUNDINGS, bias_name
 from vlac.rewrites.rotate import FULL, rotate_inputs
 from vlac.rounding import awq_factors, smooth_factors
@@ -204,7 +204,7 @@ def _rounded(policy: Policy, ask: Ask, given: tuple[Golden, ...]) -> tuple[Polic
             result[bias] = (old + missing).astype(np.float32)
         return result
 
-    changed = propagate(policy, given, names, choose, follow=ask.follow)
+    changed = propagate(policy, given, names, choose, follow=ask.follow, progress=telling())
     own = {bias_name(n): n for n in policy.biases}
     weights = {n: LazyTensor.of(v, f"{n} by {ask.how.method}") for n, v in changed.items() if n not in own}
     biases = {own[n]: LazyTensor.of(v, n) for n, v in changed.items() if n in own}

@@ -37,6 +37,8 @@ def parse_pass(text: str) -> tuple[str, dict[str, str]]:
     params: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
         key, eq, value = part.partition("=")
+        if key.endswith("<"):  # size<=300MB
+            key, value = key[:-1], f"<={value}"
         if not eq or not key:
             raise VlacError(
                 f"--pass {text!r}: {part!r} is not key=value", remedy="write --pass name:key=value,key=value"
@@ -225,7 +227,7 @@ def compile(
     from vlac.goldens import answer, synthetic
     from vlac.place import check_destination, partial
     from vlac.recorded import Recorded
-    from vlac.registry import ReadOptions, families, targets
+    from vlac.registry import ReadOptions, families, targets, told
     from vlac.removals import removals
 
     entry = targets.get(target)
@@ -254,7 +256,8 @@ def compile(
     )
     given_data = None if calibrate is None else Recorded(Path(calibrate), dict(rename or {}))
     policy = original.replace(recorded=given_data or original.recorded)
-    policy = apply_passes(policy if dialect else apply_own_passes(policy, entry), steps)
+    with told(progress):
+        policy = apply_passes(policy if dialect else apply_own_passes(policy, entry), steps)
     policy = policy if dialect else apply_own_passes(policy, entry)
     fitted = fit_for(policy, entry, dialect) if dialect else lower_for(policy, entry, options)
     program, requested, role = fitted

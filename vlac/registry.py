@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +30,24 @@ Progress = Callable[[str, int, int], None]
 
 def silent(what: str, done: int, total: int) -> None:
     """A Progress that shows nothing."""
+
+
+_TOLD: ContextVar[Progress] = ContextVar("progress of passes", default=silent)
+
+
+def telling() -> Progress:
+    """Where a pass that takes minutes reports how far it is."""
+    return _TOLD.get()
+
+
+@contextmanager
+def told(progress: Progress) -> Iterator[None]:
+    """Passes within report to `progress`."""
+    token = _TOLD.set(progress)
+    try:
+        yield
+    finally:
+        _TOLD.reset(token)
 
 
 @dataclass(frozen=True)
