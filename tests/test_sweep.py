@@ -77,10 +77,11 @@ def test_a_grid_is_every_combination_in_order(grid: Callable[..., Path]) -> None
     ("old", "new", "says"),
     [
         ("measure:", "measures:", "unknown key 'measures'; there are: checkpoint, target, engine"),
-        ("goldens:", "golden:", "unknown key 'golden'; there are: runs, observations, goldens, episodes"),
+        ("goldens:", "golden:", "unknown key 'golden'; there are: runs, observations, goldens, episodes, environment"),
         ("goldens: 1", "goldens: 0", "goldens is 0"),
         ("runs: 0", "runs: -1", "runs is -1"),
         ("runs: 0", "runs: few", "runs is 'few'"),
+        ("runs: 0", "episodes: 5, environment: libero", "no environment 'libero'; there are: push-cubes"),
         ("gguf-q8", "gguf-q3", "gguf-q8"),
         ("engine: torch", "engine: tensorflow", "no engine 'tensorflow'; there are: onnxruntime"),
         ("engine: torch", "threads: 0", "threads must be 1 or more"),
@@ -151,6 +152,21 @@ def test_a_sweep_measures_refuses_and_remembers(
     monkeypatch.setattr(run, "in_process", lambda *_: pytest.fail("a finished point was measured again"))
     again = sweep(path, out)
     assert (again["measured"], again["found"]) == (0, 4) and again["rows"] == found["rows"]
+
+
+@pytest.mark.slow
+def test_success_in_closed_loop_is_a_figure(tmp_path: Path) -> None:
+    pytest.importorskip("gymnasium")
+    pytest.importorskip("pymunk")
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "checkpoint: push-cubes\ntarget: gguf-q8\nengine: torch\nmeasure: {runs: 0, goldens: 1, episodes: 2}",
+        encoding="utf-8",
+    )
+    (row,) = sweep(path, tmp_path / "out")["rows"]
+    f = row["figures"]
+    assert f["success"] == row["eval"]["success"]["rate"] and row["eval"]["episodes"] == 2
+    assert 0 <= f["success_interval"][0] <= f["success"] <= f["success_interval"][1] <= 1
 
 
 def test_a_broken_worker_fails_its_points_only_and_is_tried_again(grid: Callable[..., Path], tmp_path: Path) -> None:

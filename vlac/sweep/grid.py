@@ -7,7 +7,7 @@
     passes:                           # axes: one choice of each, in this order
       flow: [none, "flow-steps:steps=5", [flow-steps: {steps: 5, solver: ab2}, rotate-values]]
       weights: [none, "quantize-weights:bits=4,method=gptq"]
-    measure: {runs: 10, goldens: 2, observations: robot.npz, episodes: 0}
+    measure: {runs: 10, goldens: 2, observations: robot.npz, episodes: 50, environment: push-cubes}
     read: {stats_from: FILE}          # as the options of `vlac compile`
 
 A choice is `none`, a pass, or a list of passes as in a recipe; `passes` may be a plain list of recipes as well.
@@ -102,18 +102,24 @@ def _measure(table: Any, where: str) -> Measure:
     names = {f.name: f.type for f in fields(Measure)}
     _known(table, tuple(names), f"{where}, measure")
     for key, value in table.items():
-        if key == "observations":
+        if key in ("observations", "environment"):
             legal = isinstance(value, str)
         else:
             legal = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         if not legal:
-            wanted = "a file" if key == "observations" else "a number, not negative"
+            wanted = "a text" if key in ("observations", "environment") else "a number, not negative"
             raise VlacError(f"{where}, measure: {key} is {value!r:.60}, expected {wanted}")
     found = Measure(**table)
     if found.goldens < 1:
         raise VlacError(f"{where}, measure: goldens is 0; drift needs at least 1 observation")
-    if found.observations and not Path(found.observations).is_file():
-        raise VlacError(f"{where}, measure: observations {found.observations} is no file")
+    if found.observations and not Path(found.observations).exists():
+        raise VlacError(f"{where}, measure: observations {found.observations} is not there")
+    if found.episodes:
+        from vlac.environments import BUNDLED
+
+        if found.environment not in BUNDLED:
+            known = ", ".join(BUNDLED)
+            raise VlacError(f"{where}, measure: no environment {found.environment!r}; there are: {known}")
     return found
 
 

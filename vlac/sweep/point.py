@@ -31,13 +31,14 @@ class Measure:
     """What is measured of every artifact.
 
     runs: chunks timed by `vlac bench`; 0 = no latency. observations: an .npz for golden answers and drift; "" = seeded
-    ones. goldens: how many of them. episodes: closed-loop episodes on push-cubes; 0 = none.
+    ones. goldens: how many of them. episodes: closed-loop episodes in `environment` (vlac.environments); 0 = none.
     """
 
     runs: int = 10
     observations: str = ""
     goldens: int = 2
     episodes: int = 0
+    environment: str = "push-cubes"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ def checkpoint_files(build: Build) -> dict[str, Any]:
     """sha256 and size of the checkpoint's files; VlacError when it cannot be read."""
     from vlac.checkpoint import read_policy
 
-    return {k: dict(v) for k, v in read_policy(build.checkpoint, ReadOptions(**build.read)).source.files.items()}
+    policy = read_policy(build.checkpoint, ReadOptions(**build.read))
+    recorded = {} if policy.recorded is None else {"observations": _content(str(policy.recorded.path))}
+    return {k: dict(v) for k, v in policy.source.files.items()} | recorded
 
 
 def build_key(build: Build, files: Mapping[str, Any], measure: Measure) -> str:
@@ -91,7 +94,8 @@ def build_key(build: Build, files: Mapping[str, Any], measure: Measure) -> str:
 
 def point_key(point: Point, build: str, measure: Measure) -> str:
     """Of the row: the artifact's key and how it was measured."""
-    return _digest([FORM, build, point.engine, point.threads, measure.runs, measure.episodes])
+    loop = [measure.episodes, measure.environment] if measure.episodes else []
+    return _digest([FORM, build, point.engine, point.threads, measure.runs, loop])
 
 
 def _digest(value: Any) -> str:
@@ -162,7 +166,15 @@ def measured(point: Point, artifact: Path, measure: Measure, progress: Progress)
     speed = None
     if measure.runs:
         speed = bench(file, engine=point.engine, threads=point.threads, runs=measure.runs, progress=progress)
-    row: Row = {**_about(point), "status": "done", "parity": report, "bench": speed, "eval": None}
+    loop = None
+    if measure.episodes:
+        from vlac.environments import named
+        from vlac.evaluate import evaluate
+
+        adapter = named(measure.environment, None)
+        loop = evaluate(file, adapter, episodes=measure.episodes, engine=point.engine, threads=point.threads)
+        loop["artifact"] = file.name
+    row: Row = {**_about(point), "status": "done", "parity": report, "bench": speed, "eval": loop}
     row["bytes"] = sum(p.stat().st_size for p in (artifact.rglob("*") if artifact.is_dir() else [file]) if p.is_file())
     return {**row, "figures": figures(row)}
 
@@ -182,7 +194,8 @@ def figures(row: Mapping[str, Any]) -> dict[str, Any]:
         "ms": speed["stages"]["chunk"]["p50"] if speed else None,
         "drift": cost["relative_l2"],
         "cosine": cost["cosine"],
-        "success": episodes["success"] if episodes else None,
+        "success": episodes["success"]["rate"] if episodes else None,
+        "success_interval": [episodes["success"][k] for k in ("low", "high")] if episodes else None,
         "compiler_ok": compiler["ok"] if compiler else None,
     }
 
