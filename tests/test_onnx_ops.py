@@ -177,7 +177,15 @@ def test_op(case: tuple[str, tuple[Any, ...], dict[str, Any]], tmp_path: Path) -
 def test_every_op_of_the_table_is_written_and_tested() -> None:
     declined = set(onnxruntime_engine.DECLINES) & set(openvino_engine.DECLINES)  # by both: nothing is written for these
     assert set(EMITTERS) | declined == set(OPS) and not set(EMITTERS) & declined
-    assert {c[0] for c in CASES} | {"rope"} == set(EMITTERS)
+    elsewhere = {
+        "rope",
+        "column_mean",
+        "pack_codes",
+        "unpack_codes",
+        "round_int8",
+        "weighted_mask",
+    }  # tests/test_ops.py
+    assert {c[0] for c in CASES} | elsewhere == set(EMITTERS)
 
 
 def _rope(positions: Callable[[StageBuilder], str], n: int) -> tuple[Program, dict[str, np.ndarray]]:
@@ -233,7 +241,7 @@ def test_linear_and_embedding_in_every_format(format: str, tmp_path: Path) -> No
     bound = 2e-2 if format in ("int8", "int4") else 2e-6
     for engine in ENGINES:
         got = get_engine(engine).open(artifact, threads=1).run("one", values, {})["out"]
-        assert relative_max(got, want) < bound, engine
+        assert relative_max(got, want) < (1e-2 if (engine, format) == ("openvino", "bf16") else bound), engine
     assert sum(len(row["parts"]) for row in artifact.manifest["tensors"].values()) == len(decoded) + len(
         [p for p in params.values() if p.format.startswith("int")]
     )
