@@ -47,8 +47,8 @@ def test_the_budget_holds_and_bytes_are_saved(mixed: Policy) -> None:
 
 
 def test_it_beats_every_uniform_format_of_its_size(tiny: Policy, written: Path, mixed: Policy) -> None:
-    """With as many bytes as a uniform format takes, the chunk drifts less; hardly at q8_0, where f16 costs 8 bits more and
-    q5_0 rounds 8 times worse."""
+    """With as many bytes as a uniform format takes, the chunk drifts less; hardly at q8_0, where f16 costs 8 bits more
+    and q5_0 rounds 8 times worse."""
     f = mixed.history[0].figures
     recipe = f"mixed-precision:high=f16,samples=1,write={written.with_name('sizes.txt')},size=<="
     for fmt in ("q5_0", "q8_0"):
