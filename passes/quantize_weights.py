@@ -81,6 +81,12 @@ class Ask:
         return self.how.method != "rtn" or bool(self.rotate) or self.bias_correct
 
 
+def _enough(policy: Policy) -> int:
+    """Observations that a machine gets through in minutes."""
+    size = calibrate.size(policy)
+    return 64 if size <= 20_000_000 else 24 if size <= 200_000_000 else 12
+
+
 def _one_of(name: str, value: str, legal: Any) -> None:
     if value not in legal:
         raise Inapplicable(f"{name}={value!r}; there are: {', '.join(legal)}")
@@ -270,7 +276,7 @@ def _apply(policy: Policy, **params: Any) -> tuple[Policy, Mapping[str, Any]]:
     measure = ask.importance or ask.act == "int8-tensor"
     given: tuple[Golden, ...] = ()
     if ask.careful or ask.smooth or measure:
-        given = calibrate.observations(policy, ask.samples, ask.observations)
+        given = calibrate.observations(policy, ask.samples or _enough(policy), ask.observations)
     if ask.smooth or ask.how.method == "awq":
         policy, figures["norms_eased"] = _eased(policy, ask, given)
     if ask.careful:
@@ -313,7 +319,7 @@ QUANTIZE_WEIGHTS = passes.add(
             "smooth": (float, 0.0, "SmoothQuant's alpha: outlier channels of norms move into the weights; 0: not"),
             "bias_correct": (bool, False, "biases make up for the mean error"),
             "follow": (bool, True, "layers are rounded for what they read after the layers before"),
-            "samples": (int, 16, "observations, where any are needed"),
+            "samples": (int, 0, "observations, where any are needed; 0: 64, for large models fewer"),
             "observations": (str, "", "a dataset, a folder or an .npz file of them; the policy's own without it"),
         },
         requires=_requires,
