@@ -1,0 +1,96 @@
+"""What each pass costs on push-cubes: success in closed loop with its interval, drift, milliseconds and megabytes.
+
+python benchmarks/pass_success.py [--episodes 200] [--work FOLDER] [--quick]
+
+A sweep (vlac/sweep) of the bundled policy as gguf-f32, one recipe a row, all over the same unseen starts with the same
+noise; started again after a kill it goes on where it was. Writes benchmarks/results/pass_success.json; the table of
+docs/passes.md is made from it by scripts/passes_table.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from compile_full_size import ROOT, machine, versions
+
+from vlac.registry import silent
+from vlac.sweep.run import sweep
+
+RECIPES = (
+    (),
+    ("flow-steps:steps=5",),
+    ("flow-steps:steps=5,solver=ab2",),
+    ("flow-steps:steps=5,solver=fitted",),
+    ("flow-steps:steps=2,solver=fitted",),
+    ("truncate-layers:keep=2,mode=kv-tap,heal=ridge",),
+    ("reduce-visual-tokens:factor=2,heal=ridge",),
+    ("merge-in-tower",),
+    ("resolution:size=32",),
+    ("quantize-kv:k=4,v=4",),
+    ("smooth-norms:ratio=1",),
+    ("quantize-weights:bits=8",),
+    ("quantize-weights:bits=4",),
+    ("quantize-weights:bits=4,method=hqq",),
+    ("quantize-weights:bits=4,method=awq",),
+    ("quantize-weights:bits=4,method=gptq",),
+    ("quantize-weights:bits=4,method=gptq,rotate=block16",),
+    ("quantize-weights:bits=4,group=channel",),
+    ("quantize-weights:bits=4,group=channel,method=gptq,rotate=block16",),
+    ("mixed-precision:budget=rel_l2<=0.02,high=q8_0",),
+    ("flow-steps:steps=5,solver=fitted", "quantize-weights:bits=4,method=gptq,rotate=block16"),
+)
+QUICK = (0, 3, 11, 12, 16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=200)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "pass_success")
+    parser.add_argument("--quick", action="store_true", help="five recipes")
+    options = parser.parse_args()
+    recipes = [RECIPES[i] for i in QUICK] if options.quick else list(RECIPES)
+    options.work.mkdir(parents=True, exist_ok=True)
+    grid = options.work / "grid.yaml"
+    table: dict[str, Any] = {
+        "checkpoint": "push-cubes",
+        "target": "gguf-f32",
+        "engine": "ggml",
+        "threads": 1,
+        "passes": [list(r) for r in recipes],
+        "measure": {"runs": options.runs, "goldens": 16, "episodes": options.episodes},
+    }
+    grid.write_text(json.dumps(table, indent=1), encoding="utf-8")  # JSON is YAML
+    progress = (
+        silent if not sys.stderr.isatty() else lambda what, done, total: print(what, done, total, file=sys.stderr)
+    )
+    found = sweep(grid, options.work / "rows", progress=progress)
+    rows = []
+    for row in found["rows"]:
+        kept = {k: row[k] for k in ("passes", "status", "figures", "engine", "threads", "target")}
+        if row["status"] == "done":
+            kept["success"] = row["eval"]["success"]
+            kept["compiler_ok"] = row["parity"]["compiler"]["ok"]
+            kept["latency_verdict"] = row["bench"]["verdict"]
+        else:
+            kept["error"] = row["error"]["message"]
+        rows.append(kept)
+    record = {
+        "what": "push-cubes, gguf-f32 before passes, ggml engine, one thread",
+        "command": f"python benchmarks/pass_success.py --episodes {options.episodes}",
+        "machine": machine(),
+        "versions": versions(),
+        "episodes": options.episodes,
+        "rows": rows,
+    }
+    result = ROOT / "benchmarks" / "results" / "pass_success.json"
+    result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(rows)} rows, {found['measured']} measured now, {found['failed']} failed: {result.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
