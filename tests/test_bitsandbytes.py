@@ -65,9 +65,22 @@ def test_session_computes_with_the_rounded_weights(
     assert policy.info["linear"] == linear and policy.info["linear_values"] > 100_000
 
 
+def test_int8_rounds_weights_and_what_they_multiply(golden: Golden, artifacts: dict[str, Path]) -> None:
+    """Two scales per product, of the weight's row and of the activation's: percents of the chunk, not nothing."""
+    tiny = golden("smolvla_tiny")
+    policy = vlac.load(artifacts["gguf-f32"], engine="torch", options={"linear": "int8"})
+    found = policy.act(**tiny.observation(0))
+    moved = np.linalg.norm(found - tiny.chunk(0)) / np.linalg.norm(tiny.chunk(0))
+    assert 1e-3 < moved < 0.05 and policy.info["linear"] == "int8"
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"linear": "nf3"}, "nf4, fp4"), ({"linear": "nf4", "dtype": "f64"}, "runs in f32"), ({"lin": "nf4"}, "linear")],
+    [
+        ({"linear": "nf3"}, "nf4, fp4, int8"),
+        ({"linear": "nf4", "dtype": "f64"}, "runs in f32"),
+        ({"lin": "nf4"}, "linear"),
+    ],
 )
 def test_refusals(artifacts: dict[str, Path], options: dict[str, str], says: str) -> None:
     with pytest.raises(EngineError, match=says):

@@ -1,4 +1,4 @@
-"""Linears in bitsandbytes' 4-bit formats on the torch engine: load(path, engine="torch", options={"linear": "nf4"}).
+"""Linears in bitsandbytes' formats on the torch engine: load(path, engine="torch", options={"linear": "nf4"}).
 
 For trying a format on any artifact, CUDA or CPU; not a fast path on CPUs, and nothing is stored. Takes the weights that
 the artifact's census calls "linear": heads that touch state and actions stay float32.
@@ -15,15 +15,16 @@ from vlac.artifact import Artifact
 from vlac.engines.torch_engine import Tensor, TorchSession
 from vlac.errors import EngineError
 
-FORMATS = ("nf4", "fp4")
-"""NormalFloat4 (Dettmers et al. 2023, arXiv 2305.14314, section 3) and 4-bit floats; 4.5 bits a weight with scales."""
+FORMATS = ("nf4", "fp4", "int8")
+"""NormalFloat4 (Dettmers et al. 2023, arXiv 2305.14314, section 3) and 4-bit floats, 4.5 bits a weight with scales;
+LLM.int8 (arXiv 2208.07339) without outlier columns: a scale per row of the weight and per row of what it multiplies."""
 
 BLOCK = 64
 """Values that share a scale; rows of a weight are padded with zeros to whole blocks, and so is what they multiply."""
 
 
 class BitsandbytesSession(TorchSession):
-    """A TorchSession that rounds the weights of linears to `linear` ("nf4", "fp4") when they are first needed.
+    """A TorchSession that rounds the weights of linears to `linear` (one of FORMATS) when they are first needed.
 
     Raises EngineError when bitsandbytes is not installed or the format is unknown.
     """
@@ -46,7 +47,7 @@ class BitsandbytesSession(TorchSession):
 
         self._format = linear
         self._bits: Any = bitsandbytes
-        self._quantize = functional.quantize_4bit
+        self._functional: Any = functional
         self._chosen = linear_weights(artifact)
         self._plain = self._ops["linear"]
         self._ops["linear"] = self._linear
@@ -55,15 +56,27 @@ class BitsandbytesSession(TorchSession):
 
     def _parameter(self, name: str) -> Tensor:
         weight = super()._parameter(name)
-        if name in self._chosen and not hasattr(weight, "quant_state"):
+        if name in self._chosen and self._format == "int8" and not hasattr(weight, "row_scales"):
+            packed, scales, _ = self._functional.int8_vectorwise_quant(weight.to(self._torch.float16))
+            packed.row_scales = scales
+            self._weights[name] = packed
+            return packed
+        if name in self._chosen and self._format != "int8" and not hasattr(weight, "quant_state"):
             pad = -weight.shape[1] % BLOCK
             padded = self._torch.nn.functional.pad(weight, (0, pad)) if pad else weight
-            packed, state = self._quantize(padded.contiguous(), blocksize=BLOCK, quant_type=self._format)
+            packed, state = self._functional.quantize_4bit(
+                padded.contiguous(), blocksize=BLOCK, quant_type=self._format
+            )
             packed.quant_state, packed.pad = state, pad
             self._weights[name] = weight = packed
         return weight
 
     def _linear(self, x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
+        if (scales := getattr(x[1], "row_scales", None)) is not None:
+            rows, each, _ = self._functional.int8_vectorwise_quant(x[0].to(self._torch.float16))
+            whole = self._functional.int8_linear_matmul(rows, x[1]).to(self._float)
+            product = whole * (each[:, None] * scales[None, :] / 127**2)
+            return product + x[2] if len(x) > 2 else product
         state = getattr(x[1], "quant_state", None)
         if state is None:
             return self._plain(x, a)

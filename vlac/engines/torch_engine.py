@@ -435,7 +435,7 @@ class TorchEngine(Engine):
     def open(
         self, artifact: Artifact, *, threads: int | None = None, options: Mapping[str, Any] | None = None
     ) -> EngineSession:
-        """Options: device ("cpu", "cuda"), dtype ("f32", "f64"), profile, linear ("nf4", "fp4": see
+        """Options: device ("cpu", "cuda"), dtype ("f32", "f64"), profile, linear ("nf4", "fp4", "int8": see
         bitsandbytes_linear.py)."""
         if why := self.missing():
             raise EngineError(f"engine torch: {why}", remedy="pip install torch")
