@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from vlac.engines import ggml_lib
 from vlac.errors import EngineError, Unsupported
-from vlac.formats import FORMATS, decode, encode, int4_codes
+from vlac.formats import FORMATS, decode, encode, int4_codes, int8_codes
 
 NpArray = np.ndarray[Any, Any]
 
@@ -67,6 +67,8 @@ def test_own_encoders_agree_with_ggml_on_any_values(x: NpArray, fmt: str) -> Non
     x[np.abs(x) < 1e-30] = 0  # below, ggml's 1/d overflows and its result is undefined
     given = int4_codes(x.reshape(-1, 32)) if fmt == "q4_0" else None
     assume(given is None or (given[1].min(axis=1) == -8)[given[0][:, 0] != 0].all())  # else kept exactly, unlike ggml
+    eight = int8_codes(x.reshape(-1, 32)) if fmt == "q8_0" else None
+    assume(eight is None or (np.abs(eight[1]).max(axis=1) == 127)[eight[0][:, 0] != 0].all())  # likewise
     assert np.array_equal(encode(fmt, x), reference(fmt, x))
 
 

@@ -93,7 +93,8 @@ def encode(fmt: str, values: F32, importance: F32 | None = None) -> Bytes:
 
     Every row (last dimension) must be a multiple of the format's block; Unsupported says which is not, and names values
     that a format with float16 parts cannot hold. f32, f16, bf16 (round to nearest even), q8_0, q5_0 and q4_0 are
-    numpy, bit-equal to ggml's reference quantizers; iq4_nl and the K-quants are packed by ggml's `ggml_quantize_chunk`
+    numpy, bit-equal to ggml's reference quantizers (but q8_0 and q4_0 keep what are codes times a scale already: ggml
+    rounds those once more); iq4_nl and the K-quants are packed by ggml's `ggml_quantize_chunk`
     and raise EngineError when no ggml library is installed. Equal values give equal bytes.
 
     importance [k]: mean squares of what multiplies the columns of a weight [n, k]; ggml then packs every format below
