@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    """A Markdown table: recipe, success with its interval, drift, milliseconds, megabytes; the first row is the base."""
+    """A Markdown table: recipe, success with interval, drift, milliseconds, megabytes; the first row is the base."""
     head = ["recipe", "success", "95 % interval", "drift", "ms", "MB"]
     rows = []
     for row in report["rows"]:
@@ -29,7 +29,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         rows.append([name, f"{s['count']} of {s['of']}", interval, *figures])
     table = ["| " + " | ".join(r) + " |" for r in (head, ["---", "---", "---", *["---:"] * 3], *rows)]
     m = report["machine"]
-    made = f"{report['what']}; `{report['command']}`; {m['cpu']}, {m['cores']} cores. Success: the same unseen starts and noise."
+    made = f"{report['what']}; `{report['command']}`; {m['cpu']}, {m['cores']} cores."
+    made += " Success: the same unseen starts and noise."
     return [*table, "", made]
 
 

@@ -42,8 +42,8 @@ class How:
 
 
 def damping(rows: int, inputs: int) -> float:
-    """More for fewer rows. More, too, than one layer alone would want (0.01 with many rows): rows of one observation are
-    alike, and directions that are small in a layer's input may matter later. Chosen on push-cubes."""
+    """More for fewer rows. More, too, than one layer alone would want (0.01 with many rows): rows of one observation
+    are alike, and directions that are small in a layer's input may matter later. Chosen on push-cubes."""
     return 0.05 if rows >= 8 * inputs else 0.2 if rows >= 2 * inputs else 0.3
 
 
