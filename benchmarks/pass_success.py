@@ -69,8 +69,14 @@ def main() -> None:
         silent if not sys.stderr.isatty() else lambda what, done, total: print(what, done, total, file=sys.stderr)
     )
     found = sweep(grid, options.work / "rows", progress=progress)
+    write(found["rows"], options.episodes)
+    print(f"{len(found['rows'])} rows, {found['measured']} measured now, {found['failed']} failed")
+
+
+def write(measured: list[dict[str, Any]], episodes: int) -> None:
+    """benchmarks/results/pass_success.json from a sweep's rows."""
     rows = []
-    for row in found["rows"]:
+    for row in measured:
         kept = {k: row[k] for k in ("passes", "status", "figures", "engine", "threads", "target")}
         if row["status"] == "done":
             kept["success"] = row["eval"]["success"]
@@ -81,15 +87,14 @@ def main() -> None:
         rows.append(kept)
     record = {
         "what": "push-cubes, gguf-f32 before passes, ggml engine, one thread",
-        "command": f"python benchmarks/pass_success.py --episodes {options.episodes}",
+        "command": f"python benchmarks/pass_success.py --episodes {episodes}",
         "machine": machine(),
         "versions": versions(),
-        "episodes": options.episodes,
+        "episodes": episodes,
         "rows": rows,
     }
     result = ROOT / "benchmarks" / "results" / "pass_success.json"
     result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(rows)} rows, {found['measured']} measured now, {found['failed']} failed: {result.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
