@@ -336,3 +336,10 @@ PI05 = Layout(
 )
 
 LAYOUTS = (SMOLVLA, PI05)
+_NOT_RUN = "QVAC's engine runs SmolVLA, pi0.5 and GR00T N1.7 only"
+DECLINED = {
+    "groot": "QVAC's engine runs GR00T N1.7, but of its loader vlac knows names of keys and tensors, not every shape "
+    "nor what it checks, and a tensor of another shape ends its process at the first run",
+    **dict.fromkeys(("pi0", "pi0_fast", "openvla", "tinyvla"), _NOT_RUN),
+}
+"""Families that vlac reads and does not write here, with the reason."""

@@ -333,3 +333,10 @@ PI05 = _pi(
 )
 
 LAYOUTS = (SMOLVLA, PI0, PI05)
+_UNKNOWN = "vla.cpp runs {} in a layout of its own that vlac does not know"
+DECLINED = {
+    "groot": _UNKNOWN.format("GR00T N1.7"),
+    "openvla": _UNKNOWN.format("OpenVLA-OFT (and plain OpenVLA not at all)"),
+    **dict.fromkeys(("pi0_fast", "tinyvla"), "vla.cpp does not run it"),
+}
+"""Families that vlac reads and does not write here, with the reason."""

@@ -22,8 +22,8 @@ from vlac.checkpoint import read_policy
 from vlac.errors import ArtifactError, CheckpointError, InputError, Unsupported, VlacError
 from vlac.formats import decode
 from vlac.gguf import Value, read_gguf
-from vlac.gguf_dialects import check_file, detect, dialects, examine, layouts
-from vlac.registry import ReadOptions
+from vlac.gguf_dialects import check_file, detect, dialects, examine, layout_of, layouts
+from vlac.registry import ReadOptions, families
 
 Edit = Callable[[dict[str, Value], Tensors], Any]
 
@@ -583,8 +583,23 @@ def test_qvac_knows_pi05_in_the_published_widths_only(tmp_path: Path) -> None:
     ):
         assert said in refused.value.message
     other = pi_files.write(tmp_path / "pi0", "pi0", pi_files.NARROW)
-    with pytest.raises(Unsupported, match="dialect qvac has no layout for family pi0; it has: smolvla, pi05"):
+    with pytest.raises(Unsupported, match=r"no layout for family pi0: QVAC's engine runs .* it has: smolvla, pi05"):
         compiled(other, tmp_path / "out.gguf", spec={"vision.num_attention_heads": "2"})
+
+
+@pytest.mark.parametrize("dialect", ["qvac", "vla.cpp"])
+def test_families_without_a_layout_are_refused_with_the_reason(dialect: str, tmp_path: Path) -> None:
+    """GR00T runs in both engines; what stops vlac is what it knows of their loaders, and the refusal says so."""
+    checkpoint = Path(__file__).parent / "golden" / "groot_n17_tiny" / "checkpoint"
+    with pytest.raises(Unsupported, match=r"no layout for family groot: .* runs GR00T N1\.7") as refused:
+        compiled(checkpoint, tmp_path / "out.gguf", dialect)
+    assert "vlac" in refused.value.message and "without --dialect" in str(refused.value.remedy)
+    assert not list(tmp_path.iterdir())
+    known = {layout.family for layout in layouts() if layout.dialect == dialect}
+    for family in (f.name for f in families.all()):
+        if family not in known:
+            with pytest.raises(Unsupported, match=f"dialect {dialect} has no layout for family {family}: .*; it has:"):
+                layout_of(dialect, family)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("q4_1", "Q4_1"), ("q5_1", "Q5_1"), ("q5_0", "Q5_0"), ("q8_0", "Q8_0")])

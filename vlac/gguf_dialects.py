@@ -159,11 +159,18 @@ def layout_of(dialect: str, family: str) -> Layout:
         raise Unsupported(f"no dialect {dialect!r}; there are: {', '.join(dialects())}")
     found = {layout.family: layout for layout in layouts() if layout.dialect == dialect}
     if family not in found:
+        why = _declined(dialect).get(family, "nothing says that its engine runs it")
         raise Unsupported(
-            f"dialect {dialect} has no layout for family {family}; it has: {', '.join(found)}",
+            f"dialect {dialect} has no layout for family {family}: {why}; it has: {', '.join(found)}",
             remedy="compile without --dialect: vlac's own engines run every family",
         )
     return found[family]
+
+
+def _declined(dialect: str) -> dict[str, str]:
+    """Family -> why vlac writes none of its files in this dialect, where there is more to say than that."""
+    modules = [importlib.import_module(module) for module in TABLES]
+    return {k: why for m in modules if dialect in {x.dialect for x in m.LAYOUTS} for k, why in m.DECLINED.items()}
 
 
 def detect(file: GgufFile, dialect: str = "auto") -> Layout | None:

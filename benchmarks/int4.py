@@ -1,0 +1,147 @@
+"""How far int4 weights move the action chunk: rounding to nearest against rounding with care, at the same size.
+
+python benchmarks/int4.py [--checkpoint FOLDER] [--observations N] [--recipes 0,3,4]
+
+Without --checkpoint: the bundled push-cubes policy, judged on the beginnings of 60 episodes and on moments of 60 others
+that neither training nor calibration has seen; passes calibrate on what they take by default: recorded observations.
+With it: seeded observations judge, others are calibrated on (a checkpoint with random weights tells what rounding does
+to a network of that size, not to a robot's task). Drift: relative L2 of the normalised chunk to the untouched policy's,
+all observations together, and the median of single ones; the same noise; the program lowered for gguf-f32 with weights
+as stored, in the fp32 engine. Rows that are there already are kept. Writes benchmarks/results/int4.json
+(int4-FOLDER.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from compile_full_size import ROOT, machine, peak_mb, versions
+
+from vlac import calibrate
+from vlac.api import apply_passes, lower_for
+from vlac.artifact import Golden
+from vlac.checkpoint import read_policy
+from vlac.formats import FORMATS
+from vlac.goldens import reference_session, synthetic
+from vlac.graph import Program
+from vlac.io import IO
+from vlac.passes.mixed_precision import stored
+from vlac.policy import Policy
+from vlac.registry import targets
+from vlac.runtime.inputs import prepared
+from vlac.runtime.session import execute
+
+BUNDLED = ROOT / "vlac" / "zoo" / "push_cubes"
+INT4 = "quantize-weights:bits=4"
+RECIPES = (
+    INT4,
+    f"{INT4},method=clip",
+    f"{INT4},method=awq",
+    f"{INT4},method=gptq",
+    f"{INT4},method=gptq,rotate=block16",
+    f"{INT4},method=gptq,rotate=block32",
+    f"{INT4},method=gptq,rotate=hadamard",
+    f"{INT4},method=gptq,rotate=block16,bias_correct=1",
+)
+STARTS, MOMENTS = 90_000, 950_000
+"""Seeds of episodes whose beginnings, and of others whose moments, judge push-cubes."""
+
+
+def unseen(io: IO, count: int) -> dict[str, tuple[Golden, ...]]:
+    """Beginnings of `count` episodes of push-cubes, and moments of the scripted expert's in `count` others."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from push_cubes_observations import moment
+
+    from vlac.sim import PushCubes
+
+    def golden(seed: int, seen: dict[str, Any]) -> Golden:
+        noise = np.random.default_rng([seed, 1]).standard_normal(io.noise_shape).astype(np.float32)
+        empty = np.zeros((0, 0), np.float32)
+        return Golden(seen["images"], np.asarray(seen["state"], np.float32), seen["task"], noise, empty, empty)
+
+    starts = []
+    for seed in range(STARTS, STARTS + count):
+        seen, info = PushCubes().reset(seed=seed)
+        images = {f"observation.images.{name}": picture for name, picture in seen["pixels"].items()}
+        starts.append(golden(seed, {"images": images, "state": seen["agent_pos"], "task": info["instruction"]}))
+    moments = [golden(seed, moment(seed)) for seed in range(MOMENTS, MOMENTS + count)]
+    return {"starts": tuple(starts), "moments": tuple(moments)}
+
+
+def chunks(policy: Policy, given: Sequence[Golden]) -> tuple[Program, list[np.ndarray]]:
+    """The lowered program and its normalised chunks [N, action_dim], weights rounded as they are stored."""
+    program, _, _ = lower_for(policy, targets.get("gguf-f32"), {})
+    kept = {n: program.params[n].format for n in program.params if program.params[n].format != "f32"}
+    changed = {n: program.weights[n].map(lambda w, f=f: stored(w, f)) for n, f in kept.items()}
+    session = reference_session(program.replace(weights=program.weights.with_(**changed)), threads=1)
+    found = []
+    for o in given:
+        ready = prepared(policy.io, policy.tokenizer, program, o)
+        found.append(execute(program, session, ready.env, ready.symbols)[:, : policy.io.action_dim])
+    session.close()
+    return program, found
+
+
+def drifts(got: Sequence[np.ndarray], want: Sequence[np.ndarray]) -> dict[str, float]:
+    single = [calibrate.drift([g], [w]) for g, w in zip(got, want, strict=True)]
+    return {
+        "drift": round(calibrate.drift(got, want), 5),
+        "median": round(float(np.median(single)), 5),
+        "largest": round(max(single), 5),
+    }
+
+
+def row(policy: Policy, recipe: str, judges: dict[str, Any], want: dict[str, list[np.ndarray]]) -> dict[str, Any]:
+    started = os.times().user
+    after = apply_passes(policy, [recipe])
+    seconds = os.times().user - started
+    found: dict[str, Any] = {"recipe": recipe}
+    for name, given in judges.items():
+        program, got = chunks(after, given)
+        found[name] = drifts(got, want[name])
+        bits = sum(math.prod(p.shape) * FORMATS[p.format].bits for p in program.params.values())
+        found["weight_mb"] = round(bits / 8e6, 3)
+    return {**found, "pass_cpu_s": round(seconds), "peak_mb": round(peak_mb()), "figures": after.history[-1].figures}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=BUNDLED)
+    parser.add_argument("--observations", type=int, help="that judge; default: 60 of push-cubes, else 4")
+    parser.add_argument("--recipes", default=",".join(str(i) for i in range(len(RECIPES))), help="numbers from 0 on")
+    options = parser.parse_args()
+    bundled = options.checkpoint == BUNDLED
+    name = "int4" if bundled else f"int4-{options.checkpoint.name}"
+    result = ROOT / "benchmarks" / "results" / f"{name}.json"
+    record = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {"rows": []}
+    policy = read_policy(str(options.checkpoint))
+    count = options.observations or (60 if bundled else 4)
+    judges = unseen(policy.io, count) if bundled else {"seeded": synthetic(policy.io, count, seed=77)}
+    want = {name: chunks(policy, given)[1] for name, given in judges.items()}
+    known = {r["recipe"] for r in record["rows"]}
+    for recipe in (RECIPES[int(i)] for i in options.recipes.split(",")):
+        if recipe in known:
+            continue
+        record["rows"].append(row(policy, recipe, judges, want))
+        print(json.dumps(record["rows"][-1]), file=sys.stderr, flush=True)
+        record = {
+            "what": f"{policy.io.chunk_size} x {policy.io.action_dim} chunks of {options.checkpoint.name}",
+            "command": f"python benchmarks/{Path(__file__).name}" + ("" if bundled else " --checkpoint FOLDER"),
+            "machine": machine(),
+            "versions": versions(),
+            "observations": count,
+            "rows": sorted(record["rows"], key=lambda r: RECIPES.index(r["recipe"])),
+        }
+        result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
