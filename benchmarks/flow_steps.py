@@ -27,7 +27,8 @@ from vlac.artifact import open_artifact
 from vlac.checkpoint import read_policy
 from vlac.engines.base import get_engine
 from vlac.policy import Policy
-from vlac.runtime.session import execute, prepare
+from vlac.runtime.inputs import prepared
+from vlac.runtime.session import execute
 
 HELD = 16
 
@@ -53,15 +54,7 @@ def act_all(policy: Policy, artifact: Path, given: Any) -> list[np.ndarray]:
     opened, found = open_artifact(artifact), []
     session = get_engine("onnxruntime").open(opened)
     for o in given:
-        ready = prepare(
-            policy.io,
-            policy.tokenizer,
-            opened.program,
-            images=dict(o.images),
-            state=o.state,
-            task=o.task,
-            noise=o.noise,
-        )
+        ready = prepared(policy.io, policy.tokenizer, opened.program, o)
         found.append(execute(opened.program, session, ready.env, ready.symbols)[:, : policy.io.action_dim])
     session.close()
     return found

@@ -24,7 +24,8 @@ from vlac.engines.base import EngineSession, NpArray, Values
 from vlac.goldens import reference_session, synthetic
 from vlac.policy import Policy
 from vlac.registry import targets
-from vlac.runtime.session import execute, prepare
+from vlac.runtime.inputs import prepared
+from vlac.runtime.session import execute
 
 RECIPES = (
     "",
@@ -66,9 +67,7 @@ def chunks(policy: Policy, given: Any, known: dict[bytes, dict[str, NpArray]]) -
     session = VisionOnce(reference_session(program), known)
     found, stats = [], {}
     for o in given:
-        ready = prepare(
-            policy.io, policy.tokenizer, program, images=dict(o.images), state=o.state, task=o.task, noise=o.noise
-        )
+        ready = prepared(policy.io, policy.tokenizer, program, o)
         stats = {}
         found.append(execute(program, session, ready.env, ready.symbols, stats=stats))
     session.inner.close()

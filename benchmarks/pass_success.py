@@ -4,7 +4,7 @@ python benchmarks/pass_success.py [--episodes 200] [--work FOLDER] [--quick]
 
 A sweep (vlac/sweep) of the bundled policy as gguf-f32, one recipe a row, all over the same unseen starts with the same
 noise; started again after a kill it goes on where it was. Writes benchmarks/results/pass_success.json; the table of
-docs/passes.md is made from it by scripts/passes_table.py.
+docs/passes.md is made from it by scripts/readme_tables.py.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ from vlac.passes.mixed_precision import stored
 from vlac.policy import Policy
 from vlac.recorded import Recorded
 from vlac.registry import ReadOptions, targets
-from vlac.runtime.session import execute, prepare
+from vlac.runtime.inputs import prepared
+from vlac.runtime.session import execute
 
 sys.path.insert(0, str(ROOT / "tests"))
 from test_pi0 import HEADS
@@ -121,9 +122,7 @@ def chunks(policy: Policy, given: Sequence[Any]) -> tuple[Program, list[np.ndarr
     session = reference_session(program.replace(weights=program.weights.with_(**changed)), threads=1)
     found = []
     for o in given:
-        ready = prepare(
-            policy.io, policy.tokenizer, program, images=dict(o.images), state=o.state, task=o.task, noise=o.noise
-        )
+        ready = prepared(policy.io, policy.tokenizer, program, o)
         execute(program, session, ready.env, ready.symbols)
         started = time.process_time()
         found.append(execute(program, session, ready.env, ready.symbols)[:, : policy.io.action_dim])

@@ -37,6 +37,7 @@ def observations(cameras: list[str], state_dim: int, client: int) -> list[dict[s
 
 def drive(port: int, seen: list[dict[str, Any]], wanted: list[np.ndarray], until: float, results: Any) -> None:
     from openpi_client.websocket_client_policy import WebsocketClientPolicy
+    from websockets.exceptions import WebSocketException
 
     policy = WebsocketClientPolicy("127.0.0.1", port)
     times, wrong, lost = [], 0, 0
@@ -52,7 +53,8 @@ def drive(port: int, seen: list[dict[str, Any]], wanted: list[np.ndarray], until
         started = time.perf_counter()
         try:
             actions = policy.infer(message)["actions"]
-        except Exception:
+        except (OSError, RuntimeError, WebSocketException) as error:
+            print(f"lost: {type(error).__name__}: {error}", file=sys.stderr)
             lost += 1
             break
         times.append((time.perf_counter() - started) * 1e3)

@@ -31,7 +31,8 @@ from vlac.goldens import reference_session, synthetic
 from vlac.graph import Node, Param, Program
 from vlac.policy import Policy
 from vlac.recorded import Recorded
-from vlac.runtime.session import execute, prepare
+from vlac.runtime.inputs import prepared
+from vlac.runtime.session import execute
 from vlac.weights import LazyTensor
 
 BUNDLED = ROOT / "vlac" / "zoo" / "push_cubes"
@@ -50,10 +51,7 @@ WAYS = {
 def chunks(policy: Policy, program: Program, given: Sequence[Golden]) -> list[np.ndarray]:
     session, found = reference_session(program), []
     for o in given:
-        task = o.task if policy.io.text_steps else None
-        ready = prepare(
-            policy.io, policy.tokenizer, program, images=dict(o.images), state=o.state, task=task, noise=o.noise
-        )
+        ready = prepared(policy.io, policy.tokenizer, program, o)
         found.append(execute(program, session, ready.env, ready.symbols)[:, : policy.io.action_dim])
     session.close()
     return found

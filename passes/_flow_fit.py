@@ -24,7 +24,7 @@ from vlac.goldens import reference_session
 from vlac.graph import Repeat, Stage
 from vlac.ops import NpArray
 from vlac.policy import Policy
-from vlac.runtime.inputs import prepare
+from vlac.runtime.inputs import prepared
 from vlac.runtime.schedule import execute
 from vlac.spec import FlowSpec
 
@@ -81,10 +81,7 @@ class Field:
             )
         )
         for o in given:
-            task = o.task if policy.io.text_steps else None
-            ready = prepare(
-                policy.io, policy.tokenizer, program, images=dict(o.images), state=o.state, task=task, noise=o.noise
-            )
+            ready = prepared(policy.io, policy.tokenizer, program, o)
             taps: dict[str, NpArray] = {}
             execute(once, self.session, ready.env, ready.symbols, taps=taps)
             values = {**ready.env, **taps}

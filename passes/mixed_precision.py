@@ -34,8 +34,8 @@ from vlac.lower import lower, roles
 from vlac.ops import NpArray
 from vlac.policy import Policy
 from vlac.registry import Pass, passes, telling
-from vlac.runtime.inputs import Prepared
-from vlac.runtime.session import execute, prepare
+from vlac.runtime.inputs import Prepared, prepared
+from vlac.runtime.session import execute
 
 LADDERS = (("q4_0", "q5_0", "q8_0", "f16", "f32"), ("int4", "int8", "f16", "f32"), ("bf16", "f32"))
 """Formats of one container, coarsest first."""
@@ -68,15 +68,7 @@ class Bench:
         program, seen = lower(calibrate.draw(policy)), []
         session = reference_session(program)
         for o in calibrate.observations(policy, samples, path):
-            ready = prepare(
-                policy.io,
-                policy.tokenizer,
-                program,
-                images=dict(o.images),
-                state=o.state,
-                task=o.task if policy.io.text_steps else None,
-                noise=o.noise if policy.flow is not None else None,
-            )
+            ready = prepared(policy.io, policy.tokenizer, program, o)
             taps: dict[str, NpArray] = {}
             chunk = execute(program, session, ready.env, ready.symbols, taps=taps)
             seen.append((ready, taps, chunk))

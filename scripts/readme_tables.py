@@ -1,6 +1,6 @@
-"""Writes the result tables of README.md from the JSON in benchmarks/results, between their markers.
+"""Writes the result tables of README.md and docs/ from the JSON in benchmarks/results, between their markers.
 
-python scripts/readme_tables.py [--check]     --check: exit code 1 if README.md is not what the JSON says
+python scripts/readme_tables.py [--check]     --check: exit code 1 if a document is not what the JSON says
 """
 
 from __future__ import annotations
@@ -68,39 +68,62 @@ def push_cubes(report: dict[str, Any]) -> list[str]:
     return [*table(head, rows), "", _made_by(report), what, how]
 
 
+def pass_success(report: dict[str, Any]) -> list[str]:
+    """A Markdown table: recipe, success with interval, drift, milliseconds, megabytes; the first row is the base."""
+    head = ["recipe", "success", "95 % interval", "drift", "ms", "MB"]
+    rows = []
+    for row in report["rows"]:
+        name = f"`{' '.join(row['passes'])}`" if row["passes"] else "nothing"
+        if row["status"] != "done":
+            rows.append([name, row["error"], *[""] * 4])
+            continue
+        s, f = row["success"], row["figures"]
+        interval = f"{100 * s['low']:.1f} to {100 * s['high']:.1f} %"
+        figures = [f"{f['drift']:.2g}", f"{f['ms']:.1f}", f"{f['mb']:.2f}"]
+        rows.append([name, f"{s['count']} of {s['of']}", interval, *figures])
+    table = ["| " + " | ".join(r) + " |" for r in (head, ["---", "---", "---", *["---:"] * 3], *rows)]
+    m = report["machine"]
+    made = f"{report['what']}; `{report['command']}`; {m['cpu']}, {m['cores']} cores."
+    made += " Success: the same unseen starts and noise."
+    bad = sum(r.get("latency_verdict") != "VALID" for r in report["rows"] if r["status"] == "done")
+    busy = f"Milliseconds of {bad} rows are not to be quoted: `vlac bench` could not call them VALID." if bad else ""
+    drift = "Drift: relative L2 in the robot's units on 16 recorded observations, which passes were fitted on as well."
+    return [*table, "", made, *([busy] if busy else []), drift]
+
+
 def _made_by(report: dict[str, Any]) -> str:
     m, v = report["machine"], report["versions"]
     used = ", ".join(f"{k} {v[k]}" for k in ("onnxruntime", "openvino", "transcribe-cpp-native", "torch"))
     return f"{report['what']}. `{report['command']}`; {m['cpu']}, {m['cores']} cores; {used}."
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "compile_full_size": full_size,
-    "precision": precision,
-    "push_cubes": push_cubes,
+TABLES: dict[str, dict[str, Callable[[dict[str, Any]], list[str]]]] = {
+    "README.md": {"compile_full_size": full_size, "precision": precision, "push_cubes": push_cubes},
+    "docs/passes.md": {"pass_success": pass_success},
 }
+"""document -> name of the JSON and of the markers -> what makes the table."""
 
 
-def filled(text: str) -> str:
-    """README text with every table made anew; a table without its JSON stays as it is."""
-    for name, make in TABLES.items():
+def filled(document: str) -> str:
+    """The document with every table made anew; a table without its JSON stays as it is."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for name, make in TABLES[document].items():
         path = RESULTS / f"{name}.json"
         if not path.exists():
             continue
         lines = "\n".join(make(json.loads(path.read_text(encoding="utf-8"))))
         block = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = block.subn(lambda m, lines=lines: f"{m[1]}{lines}\n{m[2]}", text)
-        assert count == 1, f"README.md needs one block of markers for {name}, found {count}"
+        assert count == 1, f"{document} needs one block of markers for {name}, found {count}"
     return text
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = filled(old)
+    stale = [d for d in TABLES if filled(d) != (ROOT / d).read_text(encoding="utf-8")]
     if "--check" in sys.argv:
-        sys.exit("README.md: run python scripts/readme_tables.py" if new != old else 0)
-    readme.write_text(new, encoding="utf-8")
+        sys.exit(f"{', '.join(stale)}: run python scripts/readme_tables.py" if stale else 0)
+    for document in stale:
+        (ROOT / document).write_text(filled(document), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from vlac import __version__, cli
+from vlac.cli import options
 from vlac.errors import CheckpointError, InputError
 
 HERE = Path(__file__).parent
@@ -168,12 +169,12 @@ def test_what_else_can_happen(
 
 
 def test_key_values() -> None:
-    assert cli.key_values(["a=1", "b=c=d"], "--x") == {"a": "1", "b": "c=d"}
-    assert cli.key_values(["a=1,b=2", "c=d,e"], "--x") == {"a": "1", "b": "2", "c": "d,e"}
-    assert cli.key_values(None, "--x") == {}
+    assert options.key_values(["a=1", "b=c=d"], "--x") == {"a": "1", "b": "c=d"}
+    assert options.key_values(["a=1,b=2", "c=d,e"], "--x") == {"a": "1", "b": "2", "c": "d,e"}
+    assert options.key_values(None, "--x") == {}
     for bad in ("a", "=1", "a="):
         with pytest.raises(InputError, match="is not KEY=VALUE"):
-            cli.key_values([bad], "--x")
+            options.key_values([bad], "--x")
 
 
 # --- the whole way ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import vlac
 from vlac.artifact import StoredTensor, open_artifact
 from vlac.dims import symbol
 from vlac.engines import ggml_engine, ggml_lib, ggml_selftest
-from vlac.engines.ggml_engine import ENGINE, GgmlSession
+from vlac.engines.ggml_engine import ENGINE, GgmlSession, give_back_pages
 from vlac.engines.numpy_engine import run_stage
 from vlac.errors import EngineError, InputError
 from vlac.formats import decode, encode
@@ -236,6 +237,24 @@ def test_bf16_beside_q8_is_recoded_where_the_cpu_has_no_bf16(monkeypatch: pytest
         found[bool(features)] = session.run("s", {"state": x}, {})["y"]
         session.close()
     assert 1e-4 < np.linalg.norm(found[True] - found[False]) / np.linalg.norm(found[True]) < 2e-2
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_pages_given_back_leave_memory_and_keep_their_bytes(tmp_path: Path) -> None:
+    def shared_pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[2])
+
+    values = np.random.default_rng(0).integers(0, 256, 32 << 20, dtype=np.uint8)
+    values.tofile(tmp_path / "weights")
+    mapped = np.memmap(tmp_path / "weights", mode="r", dtype=np.uint8)
+    part = mapped[100:-100].view(np.uint16)
+    total, before = int(part.sum(dtype=np.int64)), shared_pages()
+    give_back_pages(part)
+    assert before - shared_pages() > 0.9 * values.nbytes / mmap.PAGESIZE
+    assert int(part.sum(dtype=np.int64)) == total
+    own = values.copy()
+    give_back_pages(own[64:])
+    assert np.array_equal(own, values)
 
 
 def test_unaligned_weights_are_copied() -> None:

@@ -238,10 +238,11 @@ sys.path[:0] = sys.argv[2:]
 import test_record
 from vlac.record import Recorder
 from vlac.datasets import open_dataset
+from vlac.errors import DatasetError
 recorder = Recorder(sys.argv[1], 10)
 try:
     episode = len(open_dataset(sys.argv[1]).episodes)
-except Exception:
+except DatasetError:
     episode = 0
 print("ready", flush=True)
 while True:

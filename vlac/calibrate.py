@@ -22,8 +22,8 @@ from vlac.policy import Policy
 from vlac.recorded import Recorded
 from vlac.registry import families
 from vlac.rewrites.corrections import add_biases
-from vlac.runtime.inputs import samples
-from vlac.runtime.session import execute, prepare
+from vlac.runtime.inputs import prepared
+from vlac.runtime.session import execute
 
 See = Callable[[int, str, Mapping[str, NpArray]], None]
 """see(observation, stage, values): called after every run of a stage in which something is watched."""
@@ -96,15 +96,7 @@ def watch(
     chunks = []
     try:
         for session.observation, obs in enumerate(given):
-            ready = prepare(
-                policy.io,
-                policy.tokenizer,
-                program,
-                images=dict(obs.images),
-                state=obs.state,
-                task=obs.task if policy.io.text_steps else None,
-                noise=obs.noise if samples(program) else None,
-            )
+            ready = prepared(policy.io, policy.tokenizer, program, obs)
             chunks.append(execute(program, session, ready.env, ready.symbols, taps={}))
     finally:
         session.inner.close()

@@ -21,9 +21,9 @@ from vlac.io import IO
 from vlac.policy import Policy
 from vlac.registry import Progress, families
 from vlac.runtime.actions import apply_action_steps
-from vlac.runtime.inputs import Prepared, samples
+from vlac.runtime.inputs import Prepared, prepared, samples
 from vlac.runtime.schedule import generated
-from vlac.runtime.session import execute, prepare
+from vlac.runtime.session import execute
 
 NpArray = np.ndarray[Any, Any]
 
@@ -123,7 +123,7 @@ def answer(
     try:
         for obs in observations:
             progress(what, len(result), len(observations))
-            ready = _prepared(policy, program, obs)
+            ready = prepared(policy.io, policy.tokenizer, program, obs)
             taps: dict[str, NpArray] = {}
             x = execute(program, session, ready.env, ready.symbols, taps=taps)
             chunk = apply_action_steps(policy.io.action_steps, x, ready.state)
@@ -138,18 +138,6 @@ def answer(
     finally:
         session.close()
     return tuple(result), floor
-
-
-def _prepared(policy: Policy, program: Program, obs: Golden) -> Prepared:
-    return prepare(
-        policy.io,
-        policy.tokenizer,
-        program,
-        images=dict(obs.images),
-        state=obs.state,
-        task=obs.task if policy.io.text_steps else None,
-        noise=obs.noise if samples(program) else None,
-    )
 
 
 def _kept(taps: Mapping[str, NpArray]) -> dict[str, NpArray]:

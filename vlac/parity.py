@@ -31,9 +31,9 @@ from vlac.observations import load_observations
 from vlac.recorded import Recorded, beside
 from vlac.registry import Progress, ReadOptions, silent
 from vlac.runtime.actions import apply_action_steps
-from vlac.runtime.inputs import samples
+from vlac.runtime.inputs import prepared, samples
 from vlac.runtime.schedule import generated
-from vlac.runtime.session import choose_engine, execute, prepare
+from vlac.runtime.session import choose_engine, execute
 
 if TYPE_CHECKING:
     from vlac.policy import Policy
@@ -147,7 +147,7 @@ def parity(
         "observations": {"source": source, "count": len(given)},
         "not_asked": ["3. Does it matter? Success on a task in closed loop, with paired seeds."],
     }
-    session = chosen.open(artifact, threads=threads)
+    session = chosen.open(artifact, threads=threads, options=chosen.parity_options)
     try:
         report["engine_info"] = dict(session.info)
         mine = _answers(artifact.program, session, artifact.io, artifact.tokenizer, given, progress, f"{name} engine")
@@ -213,9 +213,7 @@ def _answers(
     result = Answers([], [], [], {}, [])
     done = 0
     for i, obs in enumerate(given):
-        task = obs.task if io.text_steps else None
-        noise = obs.noise if samples(program) else None
-        ready = prepare(io, tokenizer, program, images=dict(obs.images), state=obs.state, task=task, noise=noise)
+        ready = prepared(io, tokenizer, program, obs)
         # the chunk comes from the way a robot takes (whole loops); stage values from a run of their own, step by step
         chunks = []
         for _ in range(1 if i else CALLS):

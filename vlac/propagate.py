@@ -20,8 +20,7 @@ from vlac.goldens import reference_session
 from vlac.graph import Call, Node, Program, Repeat, Stage, infer_stage
 from vlac.policy import Policy
 from vlac.registry import Progress, silent
-from vlac.runtime.inputs import samples
-from vlac.runtime.session import prepare
+from vlac.runtime.inputs import prepared
 from vlac.weights import LazyTensor
 
 
@@ -66,15 +65,7 @@ def propagate(
     walk = _Walk(program, frozenset(weights), choose, follow, progress)
     states = []
     for obs in given:
-        ready = prepare(
-            policy.io,
-            policy.tokenizer,
-            program,
-            images=dict(obs.images),
-            state=obs.state,
-            task=obs.task if policy.io.text_steps else None,
-            noise=obs.noise if samples(program) else None,
-        )
+        ready = prepared(policy.io, policy.tokenizer, program, obs)
         states.append(_State(dict(ready.env), dict(ready.env), ready.symbols))
     try:
         for step in program.schedule.steps:

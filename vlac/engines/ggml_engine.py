@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import mmap
 import threading
 import time
 from collections import OrderedDict
@@ -109,7 +110,24 @@ def without_bf16(program: Program, tensors: Mapping[str, StoredTensor]) -> dict[
     chosen = [
         w for w in sorted(weights) if program.params[w].format == "bf16" and program.params[w].shape[-1] % 32 == 0
     ]
-    return {w: dataclasses.replace(tensors[w], format="q8_0", data=encode("q8_0", tensors[w].decode())) for w in chosen}
+    found = {}
+    for w in chosen:
+        found[w] = dataclasses.replace(tensors[w], format="q8_0", data=encode("q8_0", tensors[w].decode()))
+        give_back_pages(tensors[w].data)
+    return found
+
+
+def give_back_pages(data: NpArray | None) -> None:
+    """Takes whole pages of a mapped file out of memory; they are read again when they are touched again."""
+    base: Any = data
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
+    if base is None or data is None or not hasattr(base, "madvise"):
+        return  # not a mapped file, or a system that cannot
+    start = data.ctypes.data - np.frombuffer(base, dtype=np.uint8).ctypes.data
+    first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > first:
+        base.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 class StageGraph:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vlac.errors import CheckpointError, Unsupported
-from vlac.io import IO, Step
+from vlac.io import IO, Camera, Step
 from vlac.readers import paligemma
 from vlac.readers.paligemma import Common
 from vlac.spec import FlowSpec
+from vlac.weights import Weights
 
 if TYPE_CHECKING:
     from vlac.readers.lerobot import LeRobotCheckpoint
@@ -47,11 +48,21 @@ def common(checkpoint: LeRobotCheckpoint, renamed: Mapping[str, str] = {}) -> Co
     for key in ("paligemma_variant", "action_expert_variant", "dtype", "normalization_mapping", "tokenizer_max_length",
                 "proj_width", "attention_implementation"):  # fmt: skip
         config.raw(key)  # tensors and processors say the same, and are what acts
-    tensors = paligemma.plain_names(checkpoint.tensors, renamed)
-    where = checkpoint.folder / "model.safetensors"
     cameras = checkpoint.cameras(config.size("empty_cameras", 0, least=0, most=32))
-    image_size, resize = _resize(checkpoint)
+    return shared(checkpoint, paligemma.plain_names(checkpoint.tensors, renamed), cameras, *_resize(checkpoint))
+
+
+def shared(
+    checkpoint: LeRobotCheckpoint,
+    tensors: Weights,
+    cameras: tuple[Camera, ...],
+    image_size: int,
+    resize: tuple[Step, ...],
+) -> Common:
+    """What every flow policy of LeRobot says alike, from its config and processors."""
+    config = checkpoint.config
     chunk_size, n_action_steps = chunk(checkpoint)
+    where = checkpoint.folder / "model.safetensors"
     return Common(
         source=paligemma.Source(tensors, where, checkpoint.options.spec, checkpoint.problem),
         cameras=cameras,

@@ -10,9 +10,8 @@ from vlac.errors import CheckpointError, Unsupported
 from vlac.families.smolvla import SmolVLASpec, shapes
 from vlac.io import Camera, Step
 from vlac.policy import Policy, Source
-from vlac.readers import lerobot_pi, paligemma
+from vlac.readers import lerobot_pi
 from vlac.readers.lerobot import LeRobotCheckpoint
-from vlac.readers.paligemma import Common
 from vlac.readers.smolvlm import KNOWN_VLMS, Backbone, find_backbone
 from vlac.readers.take import take_weights
 from vlac.readers.tokenizer_file import token_id
@@ -216,27 +215,13 @@ def read_policy(checkpoint: LeRobotCheckpoint) -> Policy:
     cameras = checkpoint.cameras(empty_cameras)
     image_size, resize = _image_size(checkpoint, cameras)
     vision, factor, text, expert = _specs(checkpoint, image_size)
-    chunk_size, n_action_steps = lerobot_pi.chunk(checkpoint)
-    source = paligemma.Source(
-        checkpoint.tensors, checkpoint.folder / "model.safetensors", checkpoint.options.spec, checkpoint.problem
-    )
-    shared = Common(
-        source=source,
-        cameras=cameras,
-        image_size=image_size,
-        image_steps=(*checkpoint.image_normalisation(cameras), *resize, Step("affine", {"scale": 2.0, "offset": -1.0})),
-        chunk_size=chunk_size,
-        n_action_steps=n_action_steps,
-        max_action_dim=config.size("max_action_dim", 32),
-        max_state_dim=config.size("max_state_dim", 32),
-        tokenizer_max_length=checkpoint.text_step().max_length,
-    )
+    shared = lerobot_pi.shared(checkpoint, checkpoint.tensors, cameras, image_size, resize)
     spec = SmolVLASpec(
         vision=vision,
         text=text,
         expert=expert,
         scale_factor=factor,
-        chunk_size=chunk_size,
+        chunk_size=shared.chunk_size,
         max_action_dim=shared.max_action_dim,
         max_state_dim=shared.max_state_dim,
         tokenizer_max_length=shared.tokenizer_max_length,
@@ -258,7 +243,9 @@ def read_policy(checkpoint: LeRobotCheckpoint) -> Policy:
         family="smolvla",
         name=checkpoint.name,
         spec=spec,
-        weights=take_weights(source.tensors, source.where, shapes(spec), lerobot_name, DEAD, checkpoint.problem),
+        weights=take_weights(
+            shared.source.tensors, shared.source.where, shapes(spec), lerobot_name, DEAD, checkpoint.problem
+        ),
         io=io,
         source=Source(str(checkpoint.folder)),
         tokenizer=tokenizer,

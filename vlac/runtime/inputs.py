@@ -26,6 +26,8 @@ from vlac.runtime.tokenizer import Prompt, encode_task, load_tokenizer, max_prom
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from vlac.artifact import Golden
+
 NpArray = np.ndarray[Any, Any]
 UNITS = ("robot", "normalized")
 
@@ -428,3 +430,16 @@ def _noise(size: tuple[int, ...], noise: Any, seed: int | None) -> Array:
             remedy="draw it with numpy.random.Generator.standard_normal, or give seed=",
         )
     return np.ascontiguousarray(x)
+
+
+def prepared(io: IO, tokenizer: bytes | None, program: Program, obs: Golden) -> Prepared:
+    """What the program reads of an observation; a task and noise only where it takes them."""
+    return prepare(
+        io,
+        tokenizer,
+        program,
+        images=dict(obs.images),
+        state=obs.state,
+        task=obs.task if io.text_steps else None,
+        noise=obs.noise if samples(program) else None,
+    )

@@ -1,0 +1,5 @@
+"""`python -m vlac.cli`."""
+
+from vlac.cli import main
+
+main()
