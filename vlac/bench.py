@@ -1,7 +1,8 @@
 """How fast an artifact answers on this machine: cold load, first inference and steady state apart, in a fresh process.
 
-The figures come from vlac.bench_worker; this module starts it, watches the board meanwhile, and says whether the run
-may be quoted (VALID), may not (INVALID, with reasons) or could not be checked (UNVERIFIED).
+The figures come from vlac.bench_worker; this module starts it beside a process that looks at the board
+(vlac.board.sampler), and reports whether the run may be quoted (VALID), may not (INVALID, with reasons) or could not be
+checked (UNVERIFIED).
 """
 
 from __future__ import annotations
@@ -13,23 +14,32 @@ import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlac import __version__, machine
+from vlac import __version__, machine, steady
 from vlac.artifact import Artifact, open_artifact, sha256
+from vlac.board import readers
+from vlac.board.reading import Tree
+from vlac.board.sampler import look
+from vlac.board.summary import Look, Run, known
+from vlac.board.summary import summarise as board_of
+from vlac.board.verdict import judge
 from vlac.errors import EngineError, InputError, Unsupported
 from vlac.registry import Progress, silent
+from vlac.statistics import wilson
 
 RUNS, LEAST, BUDGET_S = 30, 10, 60.0
 """Without --runs: 30 chunks, or as many as fit into a minute, and never fewer than 10."""
 PERCENTILES = (50, 90, 95, 99)
-SAMPLE_EVERY_S = 0.5
+SUSTAIN_S = 600.0
+"""A sustained run that has not settled by then is reported as it is."""
+ENDING_S = 15.0
+"""How long the process that looks at the board may take to end."""
 
 
 def bench(
@@ -38,9 +48,15 @@ def bench(
     engine: str | None = None,
     threads: int | None = None,
     runs: int | None = None,
+    rate: float | None = None,
+    sustain: bool = False,
+    root: str | Path = "/",
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measures an artifact on this machine; times in milliseconds, sizes in bytes.
+
+    rate: control rate in Hz for which missed deadlines are counted. sustain: runs until latency has settled, and takes
+    the figures of the settled part. root: where the board's /proc and /sys are read, for tests.
 
     Raises:
         Unsupported: the process runs under emulation, where a latency means nothing.
@@ -53,6 +69,10 @@ def bench(
         )
     if runs is not None and runs < 1:
         raise InputError(f"--runs {runs}: at least 1")
+    if rate is not None and not 0 < rate <= 1e5:
+        raise InputError(f"--rate {rate}: control steps in a second, such as 30")
+    if sustain and runs is not None:
+        raise InputError("--sustain together with --runs", remedy="a sustained run ends when latency has settled")
     artifact = open_artifact(path)
     request = {
         "path": str(path),
@@ -61,11 +81,17 @@ def bench(
         "runs": runs or RUNS,
         "least": runs or LEAST,
         "budget_s": BUDGET_S,
+        "sustain": {"window_s": steady.WINDOW_S, "most_s": SUSTAIN_S} if sustain else {},
     }
     cache = drop_page_cache(artifact)
-    progress("running in a fresh process", 0, 0)
-    raw, seen = _run(request)
-    return _report(artifact, raw, seen, cache)
+    progress("running until latency has settled" if sustain else "running in a fresh process", 0, 0)
+    tree = Tree(Path(root))
+    before = readers.describe(tree)
+    raw, looks = _run(request, tree)
+    window = raw["window"]
+    threads = raw["info"].get("threads")
+    run = Run(window["start"], window["end"], threads or machine.usable_cores(), len(raw["runs"]), window["cpu_s"])
+    return _report(artifact, raw, looks, board_of(tree, looks, run, before), cache, rate)
 
 
 def drop_page_cache(artifact: Artifact) -> str:
@@ -94,12 +120,12 @@ def _files(artifact: Artifact) -> list[Path]:
 # --- the fresh process -----------------------------------------------------------------------------------------
 
 
-def _run(request: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _run(request: Mapping[str, Any], tree: Tree) -> tuple[dict[str, Any], list[Look]]:
     with tempfile.TemporaryDirectory(prefix="vlac-bench-") as folder:
         ask, answer = Path(folder) / "request.json", Path(folder) / "result.json"
         ask.write_text(json.dumps({**request, "started": time.time()}), encoding="utf-8")
         command = [sys.executable, "-m", "vlac.bench_worker", str(ask), str(answer)]
-        code, noise, seen = watched(command, machine.sample)
+        code, noise, looks = watched(command, tree)
         if not answer.is_file():
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise EngineError(
@@ -109,35 +135,37 @@ def _run(request: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any
         result = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in result:
         raise EngineError(result["error"], remedy=result["remedy"])
-    return result, seen
+    return result, looks
 
 
-def watched(command: Sequence[str], look: Callable[[], dict[str, Any]]) -> tuple[int, str, list[dict[str, Any]]]:
-    """Runs a command while `look` is sampled beside it: exit code, its stderr, the samples (first before the start)."""
-    seen = [look()]
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(SAMPLE_EVERY_S):
-            seen.append(look())
-
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        finally:
-            done.set()
-            watcher.join()
+def watched(command: Sequence[str], tree: Tree) -> tuple[int, str, list[Look]]:
+    """Runs a command while a process of its own looks at the board: exit code, its stderr, the looks, of which the
+    first is from before the start and the last from after the end."""
+    with tempfile.TemporaryDirectory(prefix="vlac-looks-") as folder, tempfile.TemporaryFile() as errors:
+        file = Path(folder) / "looks.jsonl"
+        looking = [sys.executable, "-m", "vlac.board.sampler", str(file), str(tree.root)]
+        with subprocess.Popen(looking, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as sampler:
+            assert sampler.stdin is not None and sampler.stdout is not None
+            try:
+                sampler.stdout.readline()  # its first look is done
+                code = _wait(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors))
+                sampler.stdin.close()
+                sampler.wait(ENDING_S)
+            finally:
+                sampler.kill()
         errors.seek(0)
         noise = errors.read().decode("utf-8", "replace")
-    seen.append(look())
-    return code, noise, seen
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return code, noise, [json.loads(line) for line in lines if line.endswith("}")] or [look(tree)]
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    try:
+        return process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
 
 
 # --- figures ---------------------------------------------------------------------------------------------------
@@ -156,15 +184,20 @@ def summarise(samples: Sequence[float]) -> dict[str, float]:
 
 
 def _report(
-    artifact: Artifact, raw: Mapping[str, Any], seen: Sequence[Mapping[str, Any]], cache: str
+    artifact: Artifact,
+    raw: Mapping[str, Any],
+    looks: Sequence[Look],
+    board: Mapping[str, Any],
+    cache: str,
+    rate: float | None,
 ) -> dict[str, Any]:
-    runs = raw["runs"]
+    since = raw["settled_at"] or 0
+    runs = raw["runs"][since:]
     phases = [k for k in runs[0] if k not in ("chunk_ms", "total_ms")]
     stages = {k.removesuffix("_ms"): summarise([r[k] for r in runs]) for k in (*phases, "chunk_ms")}
-    steps = artifact.io.n_action_steps
     info = raw["info"]
-    board = board_of(seen)
-    verdict, remarks = judge(board, seen, len(runs))
+    verdict, remarks = judge(board, len(runs))
+    steadiness = _steady(raw)
     return {
         "artifact": {
             "name": artifact.manifest.get("name") or artifact.path.name,
@@ -180,19 +213,92 @@ def _report(
         "runs": len(runs),
         "load": {k: raw[k] for k in ("import_ms", "load_ms", "first_ms", "to_first_chunk_ms")} | {"page_cache": cache},
         "stages": stages,
+        "steady": steadiness,
         "reuse": {name: summarise(times) for name, times in raw["reuse"].items()},
-        "rate": {
-            "chunk_hz": 1000 / stages["chunk"]["p50"],
-            "n_action_steps": steps,
-            "control_hz": 1000 * steps / stages["chunk"]["p50"],
-            "control_hz_p99": 1000 * steps / stages["chunk"]["p99"],
-        },
-        "memory": {k: raw[k] for k in ("peak_rss_bytes", "peak_rss_from", "before_load_bytes")},
+        "rate": control_rate(stages["chunk"], artifact.io.n_action_steps, artifact.io.chunk_size),
+        "deadline": deadline([r["chunk_ms"] for r in runs], artifact.io.n_action_steps, rate),
+        "memory": {k: raw[k] for k in ("peak_rss_bytes", "peak_rss_from", "before_load_bytes", "major_faults")}
+        | {"system_delta_bytes": system_delta(looks)},
         "board": board,
         "verdict": verdict,
-        "remarks": remarks,
+        "remarks": remarks + _course_remarks(steadiness),
         "samples_ms": {k.removesuffix("_ms"): [r[k] for r in runs] for k in runs[0]},
     }
+
+
+def control_rate(chunk: Mapping[str, float], steps: int, rows: int) -> dict[str, Any]:
+    """Control rates in Hz that a chunk latency sustains when the next chunk is computed while this one is executed.
+
+    A robot executes the first n_action_steps rows of a chunk, then needs the next: the chunk's latency must fit into
+    n_action_steps / rate. All rows executed would sustain chunk_rows / latency.
+    """
+    return {
+        "chunk_hz": 1000 / chunk["p50"],
+        "chunk_rows": rows,
+        "n_action_steps": steps,
+        "control_hz": 1000 * steps / chunk["p50"],
+        "control_hz_p99": 1000 * steps / chunk["p99"],
+        "control_hz_whole_chunk": 1000 * rows / chunk["p50"],
+        "formula": "control_hz = 1000 * n_action_steps / chunk latency in ms: the next chunk is computed while "
+        "n_action_steps rows of this one are executed",
+    }
+
+
+def deadline(chunks: Sequence[float], steps: int, rate: float | None) -> dict[str, Any] | str:
+    """How many chunks (milliseconds) came later than n_action_steps / rate, with the share's 95 % interval (Wilson)."""
+    if rate is None:
+        return "not available: no control rate was given (--rate HZ)"
+    budget = 1000 * steps / rate
+    misses = sum(c > budget for c in chunks)
+    return {
+        "rate_hz": rate,
+        "budget_ms": budget,
+        "formula": "a chunk misses when it takes longer than 1000 * n_action_steps / rate ms",
+        "misses": misses,
+        "chunks": len(chunks),
+        "share": misses / len(chunks),
+        "interval95": list(wilson(misses, len(chunks))),
+    }
+
+
+def system_delta(looks: Sequence[Look]) -> int | str:
+    """Bytes by which the memory in use (MemTotal - MemAvailable) rose at most: what CPU and GPU took together, where
+    they share it. Mapped weights stay available to others and are in the resident set instead."""
+    free = [x["memory"]["available"] for x in looks if known(x.get("memory"))]
+    if not free:
+        return next((str(x["memory"]) for x in looks if x.get("memory")), "not available: nobody looked")
+    return int(free[0] - min(free))
+
+
+def _steady(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether latency settled, from which chunk on, and what it did over the whole run."""
+    times, ends = [r["chunk_ms"] for r in raw["runs"]], raw["ends_s"]
+    windows = f"the medians of {steady.WINDOWS} windows of {steady.WINDOW_S:.0f} s within {steady.WITHIN:.0%}"
+    since = steady.settled(ends, times) if raw["settled_at"] is None else raw["settled_at"]
+    reached: bool | str = since is not None
+    if since is None and ends[-1] < steady.WINDOWS * steady.WINDOW_S:
+        reached = f"not available: the run took {ends[-1]:.1f} s (--sustain runs until latency has settled)"
+    return {
+        "reached": reached,
+        "rule": windows,
+        "from_chunk": raw["settled_at"] or 0,
+        "seconds": ends[-1],
+        "chunks": len(times),
+        "course": steady.course(ends, times),
+    }
+
+
+def _course_remarks(steadiness: Mapping[str, Any]) -> list[str]:
+    course, said = steadiness["course"], []
+    if isinstance(course, dict) and course["kind"] != "even":
+        when = f" after {course['at_s']:.1f} s" if "at_s" in course else ""
+        said.append(
+            f"latency {course['kind']}{when}: {course['before_ms']:.4g} -> {course['after_ms']:.4g} ms "
+            f"(x {course['ratio']:.2f}){', as when a boost clock ends' if course['ratio'] > 1 else ''}"
+        )
+    if steadiness["reached"] is False:
+        said.append(f"latency had not settled after {steadiness['seconds']:.0f} s")
+    return said
 
 
 def fingerprint(artifact: Artifact) -> dict[str, Any]:
@@ -213,46 +319,3 @@ def _versions(info: Mapping[str, Any]) -> dict[str, str]:
     named = {"vlac": __version__, "python": platform.python_version(), "numpy": np.__version__}
     skip = ("engine", "threads", "artifact", "container", "target")
     return named | {k: str(v) for k, v in info.items() if isinstance(v, str) and k not in skip and len(str(v)) < 60}
-
-
-def board_of(seen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Start, end and extremes of what was sampled; None for what the board does not tell."""
-
-    def column(key: str) -> list[Any]:
-        return [s[key] for s in seen if s.get(key) is not None]
-
-    heat, clock, bits, load, swap = (column(k) for k in ("temperature", "frequency", "throttled", "load", "swap"))
-    return {
-        "temperature_c": {"start": heat[0], "end": heat[-1], "max": max(heat)} if heat else None,
-        "frequency_mhz": {"start": clock[0], "min": min(clock), "max": max(clock)} if clock else None,
-        "throttled": {"start": hex(bits[0]), "end": hex(bits[-1])} if bits else None,
-        "load_average": {"start": load[0] if load else None, "end": load[-1] if load else None},
-        "swap_growth_bytes": swap[-1] - swap[0] if swap else None,
-    }
-
-
-def judge(board: Mapping[str, Any], seen: Sequence[Mapping[str, Any]], runs: int) -> tuple[str, list[str]]:
-    """(VALID | INVALID | UNVERIFIED, remarks): whether these figures may be quoted as this machine's."""
-    wrong: list[str] = []
-    bits = [s["throttled"] for s in seen if s.get("throttled") is not None]
-    if bits and any(b & ~bits[0] or b & 0xF for b in bits):
-        wrong.append("the board throttled or lacked voltage during the run")
-    heat, clock, swap = board["temperature_c"], board["frequency_mhz"], board["swap_growth_bytes"]
-    if heat and heat["max"] > 80:
-        wrong.append(f"temperature reached {heat['max']:.0f} C (limit 80)")
-    if swap is not None and swap > 1 << 20:
-        wrong.append(f"swap grew by {swap / 1e6:.0f} MB")
-    load, cores = board["load_average"]["start"], machine.usable_cores()
-    if load is not None and load > 0.25 * cores:
-        wrong.append(f"load average {load:.2f} on {cores} cores before the start: other work was running")
-    remarks = [f"invalid: {text}" for text in wrong]
-    if clock and clock["min"] < 0.95 * clock["max"]:
-        remarks.append(f"clock moved between {clock['min']:.0f} and {clock['max']:.0f} MHz")
-    if runs < 100:
-        remarks.append(
-            f"p99 of {runs} runs lies between the two slowest; 100 or more runs (--runs) make it a percentile"
-        )
-    unknown = [k for k, v in (("temperature", heat), ("clock", clock), ("throttling", bits)) if not v]
-    if unknown:
-        remarks.append(f"not checked, the machine does not tell: {', '.join(unknown)}")
-    return ("INVALID" if wrong else "UNVERIFIED" if unknown else "VALID"), remarks

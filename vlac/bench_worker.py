@@ -34,10 +34,23 @@ def peak_rss() -> tuple[int, str]:
     return (peak if sys.platform == "darwin" else peak * 1024), "ru_maxrss"
 
 
+def _major_faults() -> int | str:
+    """Pages that this process had to fetch from disk."""
+    try:
+        import resource
+    except ImportError:
+        return "not available: this system has no getrusage"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
 def measure(request: dict[str, Any], entered: float) -> dict[str, Any]:
-    """Runs the request ({path, engine, threads, runs, least, budget_s, started}); times in milliseconds."""
+    """Runs the request ({path, engine, threads, runs, least, budget_s, started, sustain}); times in milliseconds.
+
+    sustain: {"window_s", "most_s"}: until latency has settled (vlac.steady), or for most_s; {}: `runs` chunks.
+    """
     import numpy as np
 
+    from vlac import steady
     from vlac.runtime.session import load
 
     imported = time.perf_counter()
@@ -62,11 +75,19 @@ def measure(request: dict[str, Any], entered: float) -> dict[str, Any]:
     to_first = 1000 * (time.time() - request["started"])
     turn(1)  # warm-up that is not counted
     runs: list[dict[str, float]] = []
-    begun = time.perf_counter()
-    while len(runs) < request["runs"]:
-        if len(runs) >= request["least"] and time.perf_counter() - begun > request["budget_s"]:
-            break
+    ends: list[float] = []
+    sustain, since = request.get("sustain") or {}, None
+    started, begun, worked = time.time(), time.perf_counter(), time.process_time()
+    while True:
         runs.append(turn(2 + len(runs)))
+        ends.append(time.perf_counter() - begun)
+        if sustain:
+            since = steady.settled(ends, [r["chunk_ms"] for r in runs], sustain["window_s"])
+            if (since is not None and len(runs) >= request["least"]) or ends[-1] > sustain["most_s"]:
+                break
+        elif len(runs) >= request["runs"] or (len(runs) >= request["least"] and ends[-1] > request["budget_s"]):
+            break
+    window = {"start": started, "end": time.time(), "cpu_s": time.process_time() - worked}
     reuse = _reused(inputs[0], act, rng, min(len(runs), request["least"]), session.hparams.chunk_size)
     peak, source = peak_rss()
     result = {
@@ -77,6 +98,10 @@ def measure(request: dict[str, Any], entered: float) -> dict[str, Any]:
         "first_ms": first["chunk_ms"],
         "to_first_chunk_ms": to_first,
         "runs": runs,
+        "ends_s": ends,
+        "window": window,
+        "settled_at": since,
+        "major_faults": _major_faults(),
         "reuse": reuse,
         "peak_rss_bytes": peak,
         "peak_rss_from": source,

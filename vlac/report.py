@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlac.board import text as board_text
 from vlac.tables import as_json, likeness, markdown, number, pairs, share, size, table
 
 Report = Mapping[str, Any]
@@ -226,30 +227,11 @@ def bench_markdown(r: Report) -> str:
         *_reuse_line(r),
         f"chunks {number(r['rate']['chunk_hz'])} Hz at p50; {r['rate']['n_action_steps']} actions each sustain "
         f"{number(r['rate']['control_hz'])} Hz control ({number(r['rate']['control_hz_p99'])} Hz at p99)",
-        f"peak RSS {size(r['memory']['peak_rss_bytes'])} (before load {size(r['memory']['before_load_bytes'])}), "
-        f"artifact {size(a['bytes'])}",
-        _board_line(r["board"]),
+        *board_text.lines(r),
         f"sha256 {a['sha256']}",
         f"{r['verdict']}" + "".join(f"\n  {text}" for text in r["remarks"]),
     ]
     return "\n".join(lines)
-
-
-def _board_line(b: Report) -> str:
-    parts = []
-    if b["temperature_c"]:
-        t = b["temperature_c"]
-        parts.append(f"temperature {number(t['start'])} -> {number(t['end'])} C (max {number(t['max'])})")
-    if b["frequency_mhz"]:
-        f = b["frequency_mhz"]
-        parts.append(f"clock {number(f['min'])}..{number(f['max'])} MHz")
-    if b["throttled"]:
-        parts.append(f"throttled {b['throttled']['start']} -> {b['throttled']['end']}")
-    unknown = [k for k, v in (("temperature", b["temperature_c"]), ("throttling", b["throttled"])) if not v]
-    if unknown:
-        parts.append(f"{' and '.join(unknown)}: the board does not tell")
-    parts.append(f"load average {number(b['load_average']['start'])} -> {number(b['load_average']['end'])}")
-    return "; ".join(parts)
 
 
 # --- run, list -------------------------------------------------------------------------------------------------
