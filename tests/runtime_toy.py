@@ -48,7 +48,7 @@ def weights() -> dict[str, np.ndarray]:
         "state": draw(WIDTH, STATE + 1),
         "query": draw(WIDTH, COLUMNS),
         "out": draw(COLUMNS, WIDTH),
-        "dts": np.full((3, 1), -1 / 3, np.float32),
+        "dts": np.full((3, 1), 1 / 3, np.float32),
     }
 
 
@@ -81,7 +81,7 @@ def program(special: bool = False) -> Program:
     mask = f.attention_mask(zeros, keys, ok)
     read = f.attention(f.linear(x, "@query"), memory, memory, mask, heads=2, kv_heads=2, scale=2.0)
     velocity = f.sub(f.linear(read, "@out"), x)
-    f.output(f.sub(x, f.mul(velocity, f.embed(step, "@dts")), name="x_next"))
+    f.output(f.add(x, f.mul(velocity, f.embed(step, "@dts")), name="x_next"))
     return check(
         Program(
             "toy",

@@ -49,11 +49,11 @@ class ArtifactDriver:
         """float32 [chunk_size, action_dim] in the robot's units.
 
         With "replayed" = (rows of the last chunk that have been executed, how many more will be until this one is
-        there) the chunk goes on from the last one.
+        there) the chunk goes on from the last one; "rtc" is the guidance of `Session.act` itself.
         """
         noise = noise_at(observation["moment"], self.io.noise_shape) if self._samples else None
         task = observation["task"] if self.io.text_steps else None
-        rtc: dict[str, Any] = {}
+        rtc: dict[str, Any] = dict(observation.get("rtc", {}))
         if "replayed" in observation and self.session.normalised is not None:
             done, delay = observation["replayed"]
             rtc = {"prev_chunk": self.session.normalised[done:], "inference_delay": delay}

@@ -54,6 +54,26 @@ def serve_command(
     hold: Annotated[
         str | None, typer.Option(metavar="last|zero", help="What is answered when a limit does not hold.")
     ] = None,
+    rtc: Annotated[
+        bool, typer.Option("--rtc", help="Real-time chunking: a client's chunk goes on from the one before.")
+    ] = False,
+    execution_horizon: Annotated[
+        int | None, typer.Option(min=0, help="With --rtc: from this row on a chunk is free; default: 10.")
+    ] = None,
+    inference_delay: Annotated[
+        int | None, typer.Option(min=0, help="With --rtc: control steps until a chunk is there; default: measured.")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(metavar="linear|exp|ones|zeros", help="With --rtc: how the weight falls; default: linear."),
+    ] = None,
+    max_guidance_weight: Annotated[
+        float | None, typer.Option(help="With --rtc: how hard a chunk is drawn at most; default: 10.")
+    ] = None,
+    executed: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --rtc: actions between observations, of clients that do not say."),
+    ] = None,
     rename: Annotated[
         list[str] | None,
         typer.Option("--rename", metavar="THEIRS=OURS", help="A client's key under the policy's name; repeatable."),
@@ -65,8 +85,16 @@ def serve_command(
 
     SIGTERM ends it after what waits is answered. See docs/serve.md.
     """
+    from vlac.serve.chunking import rtc_of
     from vlac.serve.run import Options, serve
 
+    chunking = {
+        "horizon": execution_horizon,
+        "delay": inference_delay,
+        "schedule": schedule,
+        "most": max_guidance_weight,
+        "executed": executed,
+    }
     options = Options(
         protocol=protocol,
         host=host,
@@ -81,6 +109,7 @@ def serve_command(
         shadow_every=shadow_every,
         limits=tuple(limit or ()),
         hold=hold,
+        rtc=rtc_of(rtc, chunking),
         rename=key_values(rename, "--rename"),
     )
     serve(path, options, engine=engine, threads=threads, say=lambda text: typer.echo(text, err=True))

@@ -102,8 +102,7 @@ def guidance(
 
     Raises: InputError for a policy that cannot be guided, and for values that do not fit.
     """
-    stage, dts = euler_loop(program, tensor)
-    _same_meaning(io)
+    stage, dts = check_guidable(program, io, tensor)
     size, columns = io.noise_shape
     try:
         given = np.asarray(chunk, dtype=np.float32)
@@ -123,6 +122,13 @@ def guidance(
     before = np.zeros((size, columns), dtype=np.float32)
     before[: len(given), : given.shape[1]] = given
     return Guidance(stage, before[:rows], weights[:rows, None], dts, most)
+
+
+def check_guidable(program: Program, io: IO, tensor: Callable[[str], NpArray]) -> tuple[str, NpArray]:
+    """`euler_loop` of a policy that can be guided; InputError for one that cannot."""
+    found = euler_loop(program, tensor)
+    _same_meaning(io)
+    return found
 
 
 def _same_meaning(io: IO) -> None:

@@ -7,6 +7,7 @@ whose sender is told "superseded". An answer goes to the future of the request i
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import secrets
 import threading
@@ -37,12 +38,14 @@ class Answer:
 
     chunk: float32 [N, A]. timing: milliseconds ("wait_ms" for the turn, the policy's stages, "total_ms").
     said: what a guard remarked. held: the chunk is not the policy's, the guard holds the robot.
+    guided: rows of the client's chunk before that it goes on from (real-time chunking).
     """
 
     chunk: NpArray
     timing: Mapping[str, float]
     said: tuple[str, ...] = ()
     held: bool = False
+    guided: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,19 @@ class Core:
         policy: see Policy.
         after: each sees every answer, in order, and may return another.
         max_clients: how many may be connected.
+        before: what the policy is asked instead of a request's observation, made in the policy's thread.
         count: called with a name for everything counted ("chunks", or a refusal's code).
     """
 
     def __init__(
-        self, policy: Policy, after: tuple[After, ...] = (), max_clients: int = 64, count: Any = lambda name: None
+        self,
+        policy: Policy,
+        after: tuple[After, ...] = (),
+        max_clients: int = 64,
+        count: Any = lambda name: None,
+        before: Callable[[Asked], dict[str, Any]] | None = None,
     ) -> None:
-        self.policy, self.after, self.max_clients = policy, after, max_clients
+        self.policy, self.after, self.max_clients, self._before = policy, after, max_clients, before
         self._count = count
         self._changed = threading.Condition()
         self._waiting: dict[str, Asked] = {}
@@ -201,6 +210,8 @@ class Core:
     def _answer(self, asked: Asked) -> None:
         started = time.perf_counter()
         try:
+            if self._before is not None:
+                asked = dataclasses.replace(asked, observation=self._before(asked))
             chunk = np.asarray(self.policy.act(asked.observation), dtype=np.float32)
             answer = Answer(chunk, _timing(self.policy, asked.at, started))
             for each in self.after:

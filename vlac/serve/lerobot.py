@@ -21,7 +21,7 @@ from typing import Any
 
 from vlac.serve import pickled
 from vlac.serve.core import Answer, Core
-from vlac.serve.observation import MOMENT, ObservationReader
+from vlac.serve.observation import MOMENT, RTC, ObservationReader
 from vlac.serve.pages import Pages
 from vlac.serve.refusal import Refused
 from vlac.serve.web import Web
@@ -233,7 +233,7 @@ class LeRobot:
         if missing := [n for n in client.names if n not in raw]:
             raise Refused("input", f"the observation has no {missing[0][:80]!r}, which the instructions name")
         rest = {k: v for k, v in raw.items() if k not in client.names}
-        found = {k: v for k, v in rest.items() if getattr(v, "ndim", 0) == 3 or k in ("task", MOMENT)}
+        found = {k: v for k, v in rest.items() if getattr(v, "ndim", 0) == 3 or k in ("task", MOMENT, RTC)}
         if client.names:
             found["observation.state"] = [raw[n] for n in client.names]
         return found

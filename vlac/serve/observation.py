@@ -6,6 +6,7 @@ key is refused: a camera with a wrong name would otherwise be a camera that is s
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlac.io import IO
+from vlac.runtime.rtc import SCHEDULES
 from vlac.serve.refusal import Refused
 
 NpArray = np.ndarray[Any, Any]
@@ -22,7 +24,10 @@ TASKS = ("task", "prompt", "instruction")
 MOMENT = "moment"
 """[seed, step], whole numbers: the sampler's noise is drawn from them, as `vlac eval` draws it."""
 MAX_SIDE, MAX_TASK = 8192, 4096
+RTC = "rtc"
+"""Mapping of what a client says about real-time chunking; see `guiding`."""
 _SEEDS = 2**63
+_STEPS = 2**20
 
 
 class ObservationReader:
@@ -31,17 +36,19 @@ class ObservationReader:
     Args:
         io: of the policy.
         rename: a client's key -> the policy's camera key, "state" or "task".
+        guided: whether the server does real-time chunking, and keys of `RTC` say something.
     """
 
-    def __init__(self, io: IO, rename: Mapping[str, str] | None = None) -> None:
-        self._io = io
+    def __init__(self, io: IO, rename: Mapping[str, str] | None = None, guided: bool = False) -> None:
+        self._io, self._guided = io, guided
         names = {c.key: c.key for c in io.cameras} | {c.name: c.key for c in io.cameras}
         self._cameras = {_plain(k): v for k, v in names.items()}
         self._rename = {_plain(k): _plain(v) for k, v in (rename or {}).items()}
         self.keys = (*(c.key for c in io.cameras), *(["observation.state"] if io.state_dim else []), "prompt")
 
     def read(self, found: Any) -> dict[str, Any]:
-        """{"images", "state", "task", "moment" (or None)}; images uint8 [H, W, 3] or float32 in [0, 1], own copies.
+        """{"images", "state", "task", "moment" (or None)}; images uint8 [H, W, 3] or float32 in [0, 1], own copies; and
+        "rtc", what the client says about real-time chunking, where it does.
 
         Raises Refused("input") naming the key, what it holds and what was expected.
         """
@@ -71,6 +78,13 @@ class ObservationReader:
             seen["task"] = _task(key, value)
         elif plain == MOMENT:
             seen["moment"] = moment(value)
+        elif plain.partition(".")[0] == RTC:
+            if not self._guided:
+                raise Refused(
+                    "input", f"{key[:80]!r}: this server does no real-time chunking", remedy="start it with --rtc"
+                )
+            name = plain.partition(".")[2]
+            seen.setdefault(RTC, {})[name] = guiding(key[:80], name, value)
         else:
             known = ", ".join((*self.keys, MOMENT))
             raise Refused(
@@ -168,3 +182,28 @@ def moment(value: Any) -> tuple[int, int]:
     ):
         raise Refused("input", "moment is not [seed, step], two whole numbers from 0 on")
     return found[0], found[1]
+
+
+def guiding(key: str, name: str, value: Any) -> Any:
+    """A value of `RTC`, checked: inference_delay, executed (actions taken since the client's last observation),
+    execution_horizon: whole numbers from 0 on; schedule; max_guidance_weight; reset: true begins an episode."""
+    found = value.item() if isinstance(value, (np.ndarray, np.generic)) and value.size == 1 else value
+    whole = isinstance(found, int) and not isinstance(found, bool)
+    if name in ("inference_delay", "executed", "execution_horizon"):
+        fits, expected = whole and 0 <= found < _STEPS, "a number of control steps, 0 or more"
+    elif name == "schedule":
+        found = found.lower() if isinstance(found, str) else found
+        fits, expected = found in SCHEDULES if isinstance(found, str) else False, f"one of {', '.join(SCHEDULES)}"
+    elif name == "max_guidance_weight":
+        fits = (whole or isinstance(found, float)) and 0 < found < math.inf
+        expected = "a number above 0"
+    elif name == "reset":
+        fits, expected = isinstance(found, bool), "true or false"
+    else:
+        raise Refused("input", f"unknown key {key!r}; there are {', '.join(RTC + '/' + n for n in _GUIDING)}")
+    if not fits:
+        raise Refused("input", f"{key} is {str(value)[:40]!r}, expected {expected}")
+    return found
+
+
+_GUIDING = ("inference_delay", "executed", "execution_horizon", "schedule", "max_guidance_weight", "reset")

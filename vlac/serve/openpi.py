@@ -153,5 +153,6 @@ async def _reply(asked: Any) -> bytes | str:
             "server_timing": {k: float(v) for k, v in answer.timing.items()},
             "limits": list(answer.said),
             "held": answer.held,
+            "guided": answer.guided,
         }
     )

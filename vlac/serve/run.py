@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import ipaddress
 import logging
 import signal
@@ -11,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlac.drivers import Driver, open_driver
+from vlac.drivers import ArtifactDriver, Driver, open_driver
 from vlac.errors import InputError
+from vlac.facts import is_artifact
 from vlac.parity import joints_of
 from vlac.record import Recorder
+from vlac.serve.chunking import Chunking, Rtc
 from vlac.serve.core import After, Core
 from vlac.serve.guard import Guard, parse_bound
 from vlac.serve.lerobot import LeRobot
@@ -46,6 +49,7 @@ class Options:
     shadow_every: int = 10
     limits: tuple[str, ...] = ()
     hold: str | None = None
+    rtc: Rtc | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -85,7 +89,8 @@ def build(driver: Driver, options: Options) -> Served:
         raise InputError("--limit drift needs --shadow REFERENCE")
     bounds = tuple(parse_bound(text) for text in options.limits)
     io = driver.io
-    facts = facts_of(driver)
+    chunking = _chunking(driver, options)
+    facts = facts_of(driver) | ({} if chunking is None else {"rtc": dataclasses.asdict(chunking.rtc)})
     watch = Watch(tuple(joints_of(io)), io.n_action_steps, io.n_action_steps / options.fps * 1e3, facts)
     after: list[After] = []
     shadow: Shadow | None = None
@@ -110,15 +115,31 @@ def build(driver: Driver, options: Options) -> Served:
     if options.record is not None:
         recorder = Recorder(options.record, max(1, round(options.fps / io.n_action_steps)))
         after.append(Recording(recorder))
-    core = Core(driver, (*after, watch), options.max_clients, watch.count)
+    after.append(watch)
+    if chunking is not None:
+        after.append(chunking)
+    before = None if chunking is None else chunking.before
+    core = Core(driver, tuple(after), options.max_clients, watch.count, before)
     watch.gauges = {k: lambda k=k: float(core.load()[k]) for k in ("clients", "waiting")}  # type: ignore[misc]
     if recorder is not None:
         counts = recorder.counts
         for name in ("steps", "recorded", "dropped", "refused"):
             watch.gauges[f"record_{name}"] = lambda name=name: float(getattr(counts, name))  # type: ignore[misc]
     pages = Pages(core, watch, options.token, facts, options.dashboard)
-    reader = ObservationReader(io, options.rename)
+    reader = ObservationReader(io, options.rename, guided=chunking is not None)
     return Served(core, watch, pages, _protocol(options, core, reader, pages), recorder, shadow)
+
+
+def _chunking(driver: Driver, options: Options) -> Chunking | None:
+    if options.rtc is None:
+        return None
+    if not isinstance(driver, ArtifactDriver):
+        raise InputError("--rtc: only artifacts are guided, and this is a checkpoint", remedy="compile it")
+    if options.shadow is not None and not is_artifact(options.shadow):
+        raise InputError(
+            f"--rtc: the shadow {options.shadow} is a checkpoint and cannot be guided", remedy="compile it"
+        )
+    return Chunking(driver.session, options.rtc, options.fps)
 
 
 def _protocol(options: Options, core: Core, reader: ObservationReader, pages: Pages) -> Any:

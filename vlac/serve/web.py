@@ -167,7 +167,11 @@ class Web:
     def _reply(self, request: Any, answer: Answer) -> Any:
         responses = need("fastapi.responses")
         if NPY in request.headers.get("accept", ""):
-            headers = {"X-Held": str(answer.held).lower(), "X-Limits": "; ".join(answer.said)}
+            headers = {
+                "X-Held": str(answer.held).lower(),
+                "X-Limits": "; ".join(answer.said),
+                "X-Guided": str(answer.guided),
+            }
             return responses.Response(npy_bytes(answer.chunk), media_type=NPY, headers=headers)
         return responses.JSONResponse(
             {
@@ -175,6 +179,7 @@ class Web:
                 "timing": dict(answer.timing),
                 "limits": list(answer.said),
                 "held": answer.held,
+                "guided": answer.guided,
             }
         )
 
@@ -242,6 +247,7 @@ _PAGES = {
 _DESCRIPTION = """POST /act takes one observation as JSON and answers an action chunk.
 Keys: the policy's cameras (GET /policy names them), observation.state, prompt (or task), and moment [seed, step], from
 which the sampler's noise is drawn. A picture is {"npy": BASE64}, {"png": BASE64} or {"jpeg": BASE64}.
+With --rtc also rtc: {"executed", "inference_delay", "execution_horizon", "schedule", "max_guidance_weight", "reset"}.
 Header X-Client names a client whose requests come over several connections."""
 _PICTURE = {"type": "object", "properties": {f: {"type": "string", "format": "byte"} for f in FORMS}}
 _BODY = {
@@ -256,6 +262,7 @@ _BODY = {
                         "state": {"type": "array", "items": {"type": "number"}},
                         "prompt": {"type": "string"},
                         "moment": {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2},
+                        "rtc": {"type": "object"},
                     },
                 }
             }
