@@ -81,6 +81,8 @@ class Engine(ABC):
     """An engine that may or may not be installed."""
 
     name: str
+    parity_options: Mapping[str, Any] = {}
+    """Options under which it computes the same on every CPU, as far as it can; `vlac parity` asks so, robots do not."""
 
     @abstractmethod
     def missing(self) -> str:

@@ -3,12 +3,14 @@
 Options: "provider" (default CPUExecutionProvider), "spinning" (threads wait busily: for a machine with nothing else),
 "int8" ("integer": activations of linears and long attention are quantised; "linears": attention stays float; "float":
 weights are widened when loading; default: see `int8_kernels`), "prepared" (False: as if `vlac prepare` had never been
-run).
+run), "kleidiai" (False, on ARM: int4 linears quantise what they multiply in blocks of 32, as on x86, and not by row as
+KleidiAI's faster kernels do).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import tempfile
 from collections.abc import Mapping
@@ -29,6 +31,9 @@ DECLINES: Mapping[str, str] = {}
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU = "CPUExecutionProvider"
+NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "1")
+"""Environment variable and value that keep ONNX Runtime from sending anything; set before it is imported."""
+
 INT8 = {"integer": "integer", "linears": "linears", "float": "portable"}
 """Ways to run int8 linears -> which graph has it."""
 
@@ -39,6 +44,8 @@ class OnnxRuntimeSession(EngineSession):
     engine = "onnxruntime"
 
     def __init__(self, artifact: Artifact, threads: int | None, options: Mapping[str, Any]) -> None:
+        # read when the library is loaded, and the wheels send by default; the call stops only events that come later
+        os.environ.setdefault(*NO_TELEMETRY)
         import onnxruntime
 
         onnxruntime.disable_telemetry_events()
@@ -74,7 +81,8 @@ class OnnxRuntimeSession(EngineSession):
 
         if options.get("prepare"):
             prepared.make(pack)
-        use = prepared.usable(pack) if options.get("prepared", True) else False
+        # what was prepared is packed for KleidiAI's kernels
+        use = prepared.usable(pack) if options.get("prepared", True) and not as_x86 else False
         if use:
             files = {stage: prepared.folder / f"{stage}.onnx" for stage in files}
         if self.profiling:
@@ -95,6 +103,7 @@ class OnnxRuntimeSession(EngineSession):
 
     def run(self, stage: str, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:
         if self._single or stage not in self._sessions:
+            **({"kleidiai": False} if as_x86 else {}),
             raise EngineError(
                 f"{self._path} has no stage {stage}; it holds {', '.join(self._sessions)}",
                 remedy="single-file artifacts run as a whole" if self._single else "compile again",
@@ -138,7 +147,9 @@ def _one_row(program: Program, stage: str) -> bool:
     return bool(linears) and all(types[n.name].shape[0] == 1 for n in linears)
 
 
-def _settings(onnxruntime: Any, threads: int, widen: bool, spinning: bool, packed: bool = True) -> Any:
+def _settings(
+    onnxruntime: Any, threads: int, widen: bool, spinning: bool, packed: bool = True, as_x86: bool = False
+) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -154,6 +165,8 @@ def _settings(onnxruntime: Any, threads: int, widen: bool, spinning: bool, packe
 
 
 def _kernel_times(path: Path) -> dict[str, float]:
+    if as_x86:
+        options.add_session_config_entry("mlas.disable_kleidiai", "1")
     """Op -> milliseconds, of a file that onnxruntime's profiler wrote; removes it."""
     times: dict[str, float] = {}
     for event in json.loads(path.read_text(encoding="utf-8")):
@@ -218,6 +231,7 @@ class OnnxRuntimeEngine(Engine):
     def missing(self) -> str:
         from importlib.util import find_spec
 
+    parity_options = {"kleidiai": False}
         if find_spec("onnxruntime") is None:
             return "onnxruntime is not installed; pip install 'vlac-compiler[onnx]' (or only onnxruntime)"
         return ""
