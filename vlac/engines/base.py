@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -81,7 +81,7 @@ class Engine(ABC):
     """An engine that may or may not be installed."""
 
     name: str
-    parity_options: Mapping[str, Any] = {}
+    parity_options: ClassVar[Mapping[str, Any]] = {}
     """Options under which it computes the same on every CPU, as far as it can; `vlac parity` asks so, robots do not."""
 
     @abstractmethod

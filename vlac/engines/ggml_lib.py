@@ -373,9 +373,24 @@ def check(directory: Path) -> str:
 
 
 def _check_in_subprocess(directory: Path) -> str:
+    """The best CPU library that passes. A variant for an instruction set can be wrong on some CPUs that have it (ggml
+    0.26's q4_K with SVE vectors of 512 bits): then the next best is tried."""
+    failed: dict[str, str] = {}
+    while True:
+        passed, name, said = _run_selftest(directory, list(failed))
+        if passed:
+            return name
+        if not name or name in failed:  # one library without variants, or none left
+            reasons = "; ".join(f"{v} {why}" for v, why in failed.items()) or said
+            raise EngineError(f"{directory}: the ggml self-test failed {reasons}")
+        failed[name] = said
+
+
+def _run_selftest(directory: Path, refused: list[str]) -> tuple[bool, str, str]:
+    """(it passed, the CPU library that was tried, what it said)."""
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(root), *(str(Path(p).resolve()) for p in sys.path if p)])
-    command = [sys.executable, "-m", "vlac.engines.ggml_selftest", str(directory.resolve())]
+    command = [sys.executable, "-m", "vlac.engines.ggml_selftest", str(directory.resolve()), *refused]
     try:
         done = subprocess.run(
             # -m looks into the current folder first: let that be ours, not one that happens to hold a "vlac"
@@ -389,12 +404,17 @@ def _check_in_subprocess(directory: Path) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineError(f"{directory}: the ggml self-test could not be run: {error}") from None
-    last = (done.stdout.strip().splitlines() or [""])[-1]
-    try:
-        return str(json.loads(last)["cpu_library"])
-    except (ValueError, KeyError, TypeError):
-        said = (done.stderr.strip() or last or "nothing").splitlines()[-1]
-        raise EngineError(f"{directory}: the ggml self-test failed (exit {done.returncode}): {said}") from None
+    lines = done.stdout.strip().splitlines()
+    told: dict[str, str] = {}
+    for line in lines:
+        try:
+            told.update(json.loads(line))
+        except (ValueError, TypeError):
+            continue  # a library's own words
+    if "cpu_library" in told:
+        return True, told["cpu_library"], ""
+    said = (done.stderr.strip() or (lines[-1] if lines else "nothing")).splitlines()[-1]
+    return False, told.get("trying", ""), f"(exit {done.returncode}): {said}"
 
 
 def _remember(cache: Path, chosen: str) -> None:

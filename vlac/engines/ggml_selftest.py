@@ -1,7 +1,8 @@
 """Decides whether a folder of ggml libraries can be trusted: struct layout, type table and numbers against numpy.
 
-Run as `python -m vlac.engines.ggml_selftest FOLDER`; prints {"cpu_library": name} and exits 0, or says what is wrong
-and exits 1. It is run in a process of its own, because a failed assertion inside ggml aborts the process.
+Run as `python -m vlac.engines.ggml_selftest FOLDER [REFUSED ...]`, with the CPU libraries that failed before; prints
+{"trying": name}, then {"cpu_library": name} and exits 0, or says what is wrong and exits 1. In a process of its own,
+because a failed assertion inside ggml aborts the process it happens in.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ Array = np.ndarray[Any, Any]
 Draw = Callable[[Ggml, int, list[int]], int]
 
 
-def best_variant(directory: Path) -> str:
+def best_variant(directory: Path, refused: Sequence[str] = ()) -> str:
     """File name of the CPU library with the highest score on this CPU; "" when the folder has no variants.
 
-    Each variant exports ggml_backend_score(): 0 = this CPU cannot run it.
+    Each variant exports ggml_backend_score(): 0 = this CPU cannot run it. Those in `refused` are left out.
     """
     variants = cpu_variants(directory)
     if not variants:
         return ""
+    variants = [v for v in variants if v.name not in refused]
     base = ctypes.CDLL(str(library(directory, "ggml-base")))
     scores: list[tuple[int, str]] = []
     for path in variants:
@@ -45,7 +47,8 @@ def best_variant(directory: Path) -> str:
     del base
     best, name = max(scores, default=(0, ""))
     if best <= 0:
-        raise EngineError(f"{directory}: none of {len(variants)} CPU variants runs on this CPU")
+        other = "other " if refused else ""
+        raise EngineError(f"{directory}: none of {len(variants)} {other}CPU variants runs on this CPU")
     return name
 
 
@@ -144,10 +147,11 @@ def check_numbers(lib: Ggml) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Self-test of the folder in arguments[0]; the exit code."""
+    """Self-test of the folder in arguments[0], without the CPU libraries in arguments[1:]; the exit code."""
     directory = Path(arguments[0])
     try:
-        name = best_variant(directory)
+        name = best_variant(directory, arguments[1:])
+        print(json.dumps({"trying": name}), flush=True)
         lib = Ggml(directory, name)
         check_abi(lib)
         check_numbers(lib)

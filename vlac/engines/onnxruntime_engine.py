@@ -15,7 +15,7 @@ import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -67,7 +67,8 @@ class OnnxRuntimeSession(EngineSession):
         self._single = self.one_graph = bool(artifact.manifest.get("single_file"))
         spinning = bool(options.get("spinning"))
         packed = {k: bool(integer_formats(artifact)) or not _one_row(artifact.program, k) for k in files}
-        settings = {k: _settings(onnxruntime, count, widen, spinning, packed[k]) for k in files}
+        as_x86 = options.get("kleidiai", True) is False and platform.machine().lower() in ("aarch64", "arm64")
+        settings = {k: _settings(onnxruntime, count, widen, spinning, packed[k], as_x86) for k in files}
         # MatMul + Add would become Gemm, which dequantised weights are not fused with: widened at every run
         disabled = ["MatMulAddFusion"] if integer_formats(artifact) and not widen else []
         providers = [provider] if provider == CPU else [provider, CPU]
@@ -99,11 +100,11 @@ class OnnxRuntimeSession(EngineSession):
             "threads": count,
             "prepared": use,
             **({"int8": int8} if two_forms else {}),
+            **({"kleidiai": False} if as_x86 else {}),
         }
 
     def run(self, stage: str, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:
         if self._single or stage not in self._sessions:
-            **({"kleidiai": False} if as_x86 else {}),
             raise EngineError(
                 f"{self._path} has no stage {stage}; it holds {', '.join(self._sessions)}",
                 remedy="single-file artifacts run as a whole" if self._single else "compile again",
@@ -161,12 +162,12 @@ def _settings(
     options.add_session_config_entry("session.disable_prepacking", "0" if packed else "1")
     if widen:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if as_x86:
+        options.add_session_config_entry("mlas.disable_kleidiai", "1")
     return options
 
 
 def _kernel_times(path: Path) -> dict[str, float]:
-    if as_x86:
-        options.add_session_config_entry("mlas.disable_kleidiai", "1")
     """Op -> milliseconds, of a file that onnxruntime's profiler wrote; removes it."""
     times: dict[str, float] = {}
     for event in json.loads(path.read_text(encoding="utf-8")):
@@ -227,11 +228,11 @@ class OnnxRuntimeEngine(Engine):
     """onnxruntime, if it is installed."""
 
     name = "onnxruntime"
+    parity_options: ClassVar[Mapping[str, Any]] = {"kleidiai": False}
 
     def missing(self) -> str:
         from importlib.util import find_spec
 
-    parity_options = {"kleidiai": False}
         if find_spec("onnxruntime") is None:
             return "onnxruntime is not installed; pip install 'vlac-compiler[onnx]' (or only onnxruntime)"
         return ""
