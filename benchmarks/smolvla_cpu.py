@@ -25,7 +25,7 @@ from typing import Any
 from compile_full_size import ROOT, child
 
 from vlac.peers.compare import compare, ours
-from vlac.peers.contenders import BASE, ggml_compiler, lerobot
+from vlac.peers.contenders import BASE, ggml_compiler, lerobot, qvac
 from vlac.peers.figures import save_plot, table
 
 RESULT = ROOT / "benchmarks" / "results" / "smolvla_cpu.json"
@@ -40,6 +40,7 @@ OURS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
     "gguf-q8": ("gguf-q8", "ggml", {}),
     "gguf-q6": ("gguf-q6", "ggml", {}),
     "gguf-q5": ("gguf-q5", "ggml", {}),
+    "gguf-q4": ("gguf-q4", "ggml", {}),
 }
 """name -> (target, engine, options)."""
 
@@ -78,7 +79,7 @@ def main() -> None:
         if args.compile_only:
             return
         mine = [ours(artifacts[OURS[name][0]], OURS[name][1], OURS[name][2], name) for name in rows]
-        peers = [*lerobot(checkpoint), *ggml_compiler(work / "ggml-compiler")]
+        peers = [*lerobot(checkpoint), *ggml_compiler(work / "ggml-compiler"), *qvac(work / "qvac")]
         peers = [p for p in peers if not args.only or p.name in {BASE, *args.only}]
         report = compare(mine, checkpoint, rounds=args.rounds, threads=args.threads, peers=peers, progress=said)
     what = "SmolVLA 450.0M, 2 cameras of 480x640 (512 px), 10 steps; CPU time and wall time over LeRobot fp32"

@@ -48,6 +48,38 @@ def precision(report: dict[str, Any]) -> list[str]:
     return [*table(head, rows), "", _made_by(report)]
 
 
+def smolvla_cpu(report: dict[str, Any]) -> list[str]:
+    rows = []
+    for r in report["rows"]:
+        cold, shares = r["cold"], r.get("of_cold_wall", {})
+        figures = [f"{cold['ratio']['wall_s']:.2f}", f"{sorted(cold['wall_s'])[len(cold['wall_s']) // 2]:.2f}"]
+        figures += [f"{shares[k]:.2f}" if k in shares else "" for k in ("camera", "state")]
+        drift = f"{r['relative_l2']:.1e}" if r["relative_l2"] else ""
+        figures += [drift, f"{r['mb']:.0f}" if r.get("mb") else "", f"{r['load_s']:.1f}", str(r["peak_mb"])]
+        rows.append([r["name"], r.get("engine", "") if "target" in r else "", *figures])
+    head = ["form", "engine", "time / LeRobot fp32", "chunk s", "one camera new", "state new"]
+    head += ["drift", "file MB", "load s", "peak MB"]
+    busy = ", ".join(f"{load:.1f}" for load in report["load_average"])
+    m, v = report["machine"], report["versions"]
+    used = ", ".join(f"{k} {v[k]}" for k in sorted(v))
+    what = (
+        f"{report['what']}. `{report['command']}`; {m['cpu']} ({', '.join(m['features'])}), {m['cores']} cores; {used}."
+    )
+    how = "Medians of wall time; one camera new, state new: shares of the same form's chunk with all of it new. Drift:"
+    how += f" relative L2 to LeRobot's chunk. Load averages of the rounds: {busy}."
+    return [*table(head, rows), "", what, how]
+
+
+def compile_big(report: dict[str, Any]) -> list[str]:
+    rows = []
+    for r in report["rows"]:
+        figures = [f"{r['parameters'] / 1e9:.2f}", f"{r['checkpoint_gb']:.1f}", f"{r['artifact_gb']:.2f}"]
+        figures += [f"{r['peak_rss_gb']:.2f}", f"{r['disk_high_water_gb']:.2f}"]
+        rows.append([r["family"], r["target"], *figures])
+    head = ["family", "target", "parameters 1e9", "checkpoint GB", "artifact GB", "peak memory GB", "peak disk GB"]
+    return [*table(head, rows), "", _made_by(report)]
+
+
 def push_cubes(report: dict[str, Any]) -> list[str]:
     rows = []
     for r in report["rows"]:
@@ -98,7 +130,13 @@ def _made_by(report: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[dict[str, Any]], list[str]]]] = {
-    "README.md": {"compile_full_size": full_size, "precision": precision, "push_cubes": push_cubes},
+    "README.md": {
+        "smolvla_cpu": smolvla_cpu,
+        "compile_full_size": full_size,
+        "compile_big": compile_big,
+        "precision": precision,
+        "push_cubes": push_cubes,
+    },
     "docs/passes.md": {"pass_success": pass_success},
 }
 """document -> name of the JSON and of the markers -> what makes the table."""

@@ -88,6 +88,7 @@ def test_lerobot_that_is_not_set_up(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         known.lerobot(tmp_path)
     assert "lerobot.sh" in error.value.remedy
     assert known.ggml_compiler(tmp_path) == []
+    assert known.qvac(tmp_path) == []
 
 
 def test_what_a_case_keeps() -> None:

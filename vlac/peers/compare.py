@@ -14,7 +14,7 @@ from vlac.artifact import open_artifact
 from vlac.engines.base import get_engine
 from vlac.engines.onnx_files import default_threads
 from vlac.errors import InputError
-from vlac.peers.contenders import Contender, ggml_compiler, lerobot
+from vlac.peers.contenders import Contender, ggml_compiler, lerobot, qvac
 from vlac.peers.figures import rows_of
 from vlac.peers.rounds import run, started
 from vlac.registry import Progress, silent
@@ -48,7 +48,11 @@ def compare(
     if rounds < 1:
         raise InputError(f"rounds={rounds}: at least 1")
     count = threads or default_threads()
-    given = peers if peers is not None else [*lerobot(checkpoint), *ggml_compiler(checkpoint / "ggml-compiler")]
+    given = (
+        peers
+        if peers is not None
+        else [*lerobot(checkpoint), *ggml_compiler(checkpoint / "ggml-compiler"), *qvac(checkpoint / "qvac")]
+    )
     with started([*given, *contenders], count, progress) as found:
         loads = run(found, rounds, open_artifact(_first(contenders)).io, progress)
         rows = rows_of(found, count)

@@ -5,6 +5,7 @@ A peer is started by a script in scripts/peers; where its environment is missing
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,19 @@ def ggml_compiler(folder: Path) -> list[Contender]:
             command=(str(python), str(script), str(file)),
             file=file,
             prepared=True,
+        )
+        for file in sorted(folder.glob("*/model.gguf"))
+    ]
+
+
+def qvac(folder: Path) -> list[Contender]:
+    """Files in QVAC's layout in `folder` (FOLDER/q8_0/model.gguf) in its own engine; none where it is not set up."""
+    engine, script = ROOT / ".venv-qvac" / "node_modules" / ".bin" / "bare", SCRIPTS / "qvac_worker.py"
+    if not engine.exists():
+        return []
+    return [
+        Contender(
+            f"qvac-{file.parent.name}", command=(sys.executable, str(script), str(file)), file=file, prepared=True
         )
         for file in sorted(folder.glob("*/model.gguf"))
     ]
