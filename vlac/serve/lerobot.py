@@ -10,8 +10,8 @@ beside it on the next port.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -22,7 +22,7 @@ from typing import Any
 from vlac.serve import pickled
 from vlac.serve.core import Answer, Core
 from vlac.serve.observation import MOMENT, RTC, ObservationReader
-from vlac.serve.pages import Pages
+from vlac.serve.pages import Pages, same
 from vlac.serve.refusal import Refused
 from vlac.serve.web import Web
 from vlac.serve.wire import need
@@ -143,10 +143,14 @@ class LeRobot:
         async def run(request: Any, context: Any) -> bytes:
             try:
                 self._check(context)
-                return bytes(await method(request, context.peer()))
-            except Refused as error:
-                await context.abort(getattr(codes, STATUS.get(error.code, "INVALID_ARGUMENT")), error.text)
-                raise
+                return bytes(await method(request, context))
+            except Refused as refused:
+                error = refused
+            except Exception as broken:  # whatever one call breaks, the others are served
+                log.exception("a call of %s failed", context.peer())
+                error = self.core.refused("failed", f"{type(broken).__name__}: {broken}")
+            await context.abort(getattr(codes, STATUS.get(error.code, "INVALID_ARGUMENT")), error.text)
+            raise error
 
         return run
 
@@ -155,7 +159,7 @@ class LeRobot:
         if token is None:
             return
         given = dict(context.invocation_metadata() or ()).get("authorization", "")
-        if not hmac.compare_digest(str(given).partition(" ")[2].strip().encode(), token.encode()):
+        if not same(str(given).partition(" ")[2].strip(), token):
             raise self.core.refused("unauthorised", "give the token as metadata authorization: Bearer TOKEN")
 
     def _client(self, peer: str) -> _Client:
@@ -165,8 +169,8 @@ class LeRobot:
         client.last = time.monotonic()
         return client
 
-    async def _ready(self, _: bytes, peer: str) -> bytes:
-        now = time.monotonic()
+    async def _ready(self, _: bytes, context: Any) -> bytes:
+        now, peer = time.monotonic(), context.peer()
         for name in [k for k, v in self._clients.items() if now - v.last > IDLE_S or k == peer]:
             del self._clients[name]
             self.core.disconnect(name)
@@ -174,12 +178,12 @@ class LeRobot:
         self._clients[peer] = _Client(last=now)
         return b""
 
-    async def _instructions(self, request: bytes, peer: str) -> bytes:
-        client = self._client(peer)
+    async def _instructions(self, request: bytes, context: Any) -> bytes:
+        client = self._client(context.peer())
         try:
             found = (await asyncio.to_thread(pickled.read, fields(request).get(1, b""))).fields
             features = found.get("lerobot_features")
-            state = features.get("observation.state", {}) if isinstance(features, dict) else {}
+            state = features.get("observation.state", {}) if isinstance(features, dict) else None
             names = state.get("names", []) if isinstance(state, dict) else None
             if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
                 raise Refused("malformed", "the instructions name no motors in lerobot_features")
@@ -188,17 +192,22 @@ class LeRobot:
         per = found.get("actions_per_chunk")
         client.names = names
         client.per_chunk = per if isinstance(per, int) and per > 0 else None
-        log.info("client %s asks for %s; the served policy answers", peer, found.get("pretrained_name_or_path"))
+        log.info(
+            "client %s asks for %s; the served policy answers", context.peer(), found.get("pretrained_name_or_path")
+        )
         return b""
 
-    async def _observations(self, stream: AsyncIterator[bytes], peer: str) -> bytes:
+    async def _observations(self, stream: AsyncIterator[bytes], context: Any) -> bytes:
+        peer = context.peer()
         client = self._client(peer)
         try:
             data = await asyncio.wait_for(self._collect(stream), READ_S)
             sent = (await asyncio.to_thread(pickled.read, data)).fields
             step, at = sent.get("timestep"), sent.get("timestamp")
-            if not isinstance(step, int) or not isinstance(at, float) or not 0 <= step < 2**30:
-                raise Refused("malformed", "an observation without timestep and timestamp")
+            if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**30:
+                raise Refused("malformed", "an observation's timestep is no whole number from 0 on")
+            if not isinstance(at, float) or not math.isfinite(at):
+                raise Refused("malformed", "an observation's timestamp is no number")
         except asyncio.TimeoutError:
             raise self.core.refused("malformed", f"the observation did not arrive within {READ_S:g} s") from None
         except Refused as error:
@@ -219,7 +228,10 @@ class LeRobot:
                 raise Refused("malformed", f"transfer state {str(state)[:20]}")
             if state == BEGIN:
                 data.clear()
-            data += found.get(2, b"")
+            more = found.get(2, b"")
+            if not isinstance(more, bytes):
+                raise Refused("malformed", "no protobuf message of LeRobot")
+            data += more
             if len(data) > self.max_bytes:
                 raise Refused("too_large", f"an observation has more than {self.max_bytes} bytes")
             if state == END:
@@ -238,8 +250,8 @@ class LeRobot:
             found["observation.state"] = [raw[n] for n in client.names]
         return found
 
-    async def _actions(self, _: bytes, peer: str) -> bytes:
-        client = self._client(peer)
+    async def _actions(self, _: bytes, context: Any) -> bytes:
+        client = self._client(context.peer())
         if not client.asked:
             client.came.clear()
             try:
@@ -254,7 +266,15 @@ class LeRobot:
                 if error.code == "superseded":
                     continue
                 raise
+            except asyncio.CancelledError:
+                if future.cancelled():  # the client began again
+                    continue
+                raise
             client.answered.append(step)
+            if answer.said:  # there is no field for it
+                context.set_trailing_metadata(
+                    (("vlac-limits", "; ".join(answer.said)), ("vlac-held", str(answer.held)))
+                )
             chunk = answer.chunk[: client.per_chunk]
             return message(pickled.timed_actions(chunk, step, at, self.dt))
         return b""

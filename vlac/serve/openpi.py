@@ -8,14 +8,13 @@ stays, unless the message was too large to be read.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import http
 import logging
 from typing import Any
 
 from vlac.serve.core import Answer, Core
 from vlac.serve.observation import ObservationReader
-from vlac.serve.pages import Pages
+from vlac.serve.pages import Pages, same
 from vlac.serve.refusal import Refused
 from vlac.serve.wire import need, pack, unpack
 
@@ -60,12 +59,13 @@ class OpenPI:
             await asyncio.sleep(0.05)  # the last replies leave; then every connection is closed with code 1001
 
     def _request(self, connection: Any, request: Any) -> Any:
+        authorization = "\n".join(request.headers.get_all("Authorization"))
         if "Upgrade" in request.headers:
-            if not self._allowed(request.headers.get("Authorization", "")):
+            if not self._allowed(authorization):
                 self.core.refused("unauthorised", "token")
                 return connection.respond(http.HTTPStatus.UNAUTHORIZED, "unauthorised: give the token as api_key\n")
             return None
-        status, kind, body = self.pages.get(request.path, request.headers.get("Authorization", ""))
+        status, kind, body = self.pages.get(request.path, authorization)
         response = connection.respond(http.HTTPStatus(status), "")
         for name, value in self.pages.headers(kind, body).items():
             if name in response.headers:
@@ -77,9 +77,7 @@ class OpenPI:
     def _allowed(self, header: str) -> bool:
         token = self.pages.token
         kind, _, given = header.partition(" ")
-        return token is None or (
-            kind.lower() in ("api-key", "bearer") and hmac.compare_digest(given.strip().encode(), token.encode())
-        )
+        return token is None or (kind.lower() in ("api-key", "bearer") and same(given.strip(), token))
 
     async def _client(self, connection: Any) -> None:
         self._number += 1

@@ -29,7 +29,10 @@ class Pages:
 
     def get(self, target: str, authorization: str = "") -> tuple[int, str, bytes]:
         """(status, content type, body) of a path with its query."""
-        parts = urlsplit(target)
+        try:
+            parts = urlsplit(target)
+        except ValueError:
+            return 404, TEXT, b"not found\n"
         query = parse_qs(parts.query)
         if parts.path == "/healthz":
             ok = not self.core.draining
@@ -45,7 +48,7 @@ class Pages:
             return 200, HTML, importlib.resources.files("vlac.serve").joinpath("dashboard.html").read_bytes()
         if self.dashboard and parts.path == "/dashboard.json":
             after = query.get("after", ["0"])[0]
-            return 200, JSON, json.dumps(self.watch.page(int(after) if after.isdecimal() else 0)).encode()
+            return 200, JSON, json.dumps(self.watch.page(int(after[:18]) if after.isdecimal() else 0)).encode()
         return 404, TEXT, b"not found\n"
 
     def headers(self, kind: str, body: bytes) -> dict[str, str]:
@@ -60,5 +63,9 @@ class Pages:
 
     def allowed(self, authorization: str, asked: str = "") -> bool:
         """Whether the token is there, where one is wanted."""
-        given = authorization.partition(" ")[2].strip() or asked
-        return self.token is None or hmac.compare_digest(given.encode(), self.token.encode())
+        return self.token is None or same(authorization.partition(" ")[2].strip() or asked, self.token)
+
+
+def same(given: str, token: str) -> bool:
+    """Whether a token is the one that is wanted, in a time that tells nothing about it."""
+    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token.encode())

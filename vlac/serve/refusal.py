@@ -21,11 +21,16 @@ CODES = {
 the policy, "superseded" one that a newer one of the same client replaced before its turn came."""
 
 
+LONGEST = 600
+"""Characters of a refusal: what it quotes is a client's, and may be of any length."""
+
+
 class Refused(VlacError):
-    """A request that gets no chunk; `code` is one of CODES."""
+    """A request that gets no chunk; `code` is one of CODES. The message can be sent, whatever it quotes."""
 
     def __init__(self, code: str, message: str, *, remedy: str = "") -> None:
-        super().__init__(message, remedy=remedy)
+        message = message.encode("utf-8", "backslashreplace").decode()
+        super().__init__(message if len(message) <= LONGEST else message[:LONGEST] + "...", remedy=remedy)
         self.code = code
 
     @property

@@ -90,8 +90,16 @@ class Web:
         act.__annotations__ = {"request": fastapi.Request, "return": fastapi.Response}
         app.post("/act", openapi_extra=_BODY, responses=_RESPONSES, summary="One observation, one action chunk")(act)
 
+        async def unknown(request: Any, error: Any) -> Any:
+            what = f"{request.method} {request.scope['path'][:80]}: {error.detail}"
+            body = {"error": "not_found", "message": what, "remedy": "GET /docs says what there is"}
+            return fastapi.responses.JSONResponse(body, status_code=error.status_code)
+
+        app.add_exception_handler(need("starlette.exceptions").HTTPException, unknown)
+
         async def page(request: Any) -> Any:
-            target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+            query = request.scope["query_string"].decode("latin-1")
+            target = request.scope["path"] + (f"?{query}" if query else "")
             status, kind, body = self.pages.get(target, request.headers.get("authorization", ""))
             return fastapi.Response(body, status_code=status, headers=self.pages.headers(kind, body))
 
@@ -162,7 +170,7 @@ class Web:
             found = json.loads(body)
         except (ValueError, RecursionError) as error:
             raise Refused("malformed", f"no JSON: {str(error)[:120]}") from None
-        return self.reader.read(_decoded(found))
+        return self.reader.read(_decoded(found, self.max_bytes))
 
     def _reply(self, request: Any, answer: Answer) -> Any:
         responses = need("fastapi.responses")
@@ -184,25 +192,26 @@ class Web:
         )
 
 
-def _decoded(found: Any, depth: int = 0) -> Any:
+def _decoded(found: Any, most: int, depth: int = 0) -> Any:
+    """Arrays where pictures were written; none with more than `most` bytes, however small its file."""
     if not isinstance(found, dict) or depth > 2:
         return found
     if len(found) == 1 and next(iter(found)) in FORMS:
-        return _array(*next(iter(found.items())))
-    return {k: _decoded(v, depth + 1) for k, v in found.items()}
+        return _array(*next(iter(found.items())), most)
+    return {k: _decoded(v, most, depth + 1) for k, v in found.items()}
 
 
-def _array(form: str, text: Any) -> NpArray:
+def _array(form: str, text: Any, most: int) -> NpArray:
     if not isinstance(text, str):
         raise Refused("malformed", f"{form} is not base64 text")
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise Refused("malformed", f"{form} is not base64: {error}") from None
-    return npy(data) if form == "npy" else _picture(form, data)
+    return npy(data) if form == "npy" else _picture(form, data, most)
 
 
-def _picture(form: str, data: bytes) -> NpArray:
+def _picture(form: str, data: bytes, most: int) -> NpArray:
     from PIL import Image
 
     try:
@@ -211,6 +220,8 @@ def _picture(form: str, data: bytes) -> NpArray:
             with Image.open(io.BytesIO(data), formats=[form.upper()]) as image:
                 if max(image.size) > MAX_SIDE:
                     raise Refused("input", f"a picture of {image.size}, expected at most {MAX_SIDE} on a side")
+                if 3 * image.size[0] * image.size[1] > most:
+                    raise Refused("too_large", f"a picture of {image.size} has more than {most} bytes")
                 return np.array(image.convert("RGB"))
     except Refused:
         raise
