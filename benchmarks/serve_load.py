@@ -1,26 +1,37 @@
 """Load on `vlac serve`: clients in processes of their own, every reply compared with the policy's own answer.
 
-    python benchmarks/serve_load.py out/ --clients 8 --minutes 10 --out results.json
+    python benchmarks/serve_load.py out/ [--protocol openpi|http|lerobot] [--clients 8] [--minutes 10] [--out FILE.json]
 
-States requests, p50/p95/p99 of the round trip, wrong (crossed) and lost replies, and the server's memory over time.
+Clients: openpi's own; keep-alive HTTP; for LeRobot the calls of its RobotClient, message by message. States requests,
+p50/p95/p99 of the round trip, wrong (crossed) and lost replies, the server's CPU time per request and memory over time,
+and the machine's load average: latencies say little on a machine that does something else as well. FILE.json keeps one
+entry per protocol.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import http.client
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+Ask = Callable[[dict[str, Any], int], np.ndarray]
+"""The answer to an observation, the client's n-th; raises when there is none."""
 OBSERVATIONS = 4
 """Different observations per client; their answers are known beforehand."""
 
@@ -35,32 +46,126 @@ def observations(cameras: list[str], state_dim: int, client: int) -> list[dict[s
     return made
 
 
-def drive(port: int, seen: list[dict[str, Any]], wanted: list[np.ndarray], until: float, results: Any) -> None:
+def openpi_client(port: int, client: int) -> Ask:
     from openpi_client.websocket_client_policy import WebsocketClientPolicy
-    from websockets.exceptions import WebSocketException
 
     policy = WebsocketClientPolicy("127.0.0.1", port)
+    return lambda o, n: policy.infer(
+        {**o["images"], "observation.state": o["state"], "prompt": o["task"], "moment": list(o["moment"])}
+    )["actions"]
+
+
+def http_client(port: int, client: int) -> Ask:
+    from vlac.serve.wire import npy, npy_bytes
+
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"Content-Type": "application/json", "Accept": "application/x-npy", "X-Client": f"client {client}"}
+
+    def ask(o: dict[str, Any], n: int) -> np.ndarray:
+        pictures = {k: {"npy": base64.b64encode(npy_bytes(v)).decode()} for k, v in o["images"].items()}
+        rest = {"observation.state": o["state"].tolist(), "prompt": o["task"], "moment": list(o["moment"])}
+        connection.request("POST", "/act", json.dumps({**pictures, **rest}), headers)
+        with connection.getresponse() as response:
+            body = response.read()
+        if response.status != 200:
+            raise RuntimeError(body.decode())
+        return npy(body)
+
+    return ask
+
+
+@dataclass
+class TimedObservation:
+    timestamp: float
+    timestep: int
+    observation: dict[str, Any]
+    must_go: bool = True
+
+
+@dataclass
+class RemotePolicyConfig:
+    policy_type: str
+    pretrained_name_or_path: str
+    lerobot_features: dict[str, Any]
+    actions_per_chunk: int
+
+
+@dataclass
+class TimedAction:
+    timestamp: float = 0.0
+    timestep: int = 0
+    action: Any = None
+
+
+def lerobot_client(port: int, client: int) -> Ask:
+    import grpc
+
+    from vlac.serve.lerobot import fields, message
+
+    pretend_lerobot()
+    channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+    path = "/transport.AsyncInference/"
+
+    def call(name: str, data: bytes = b"") -> bytes:
+        return channel.unary_unary(path + name)(data, timeout=60)
+
+    features = {"observation.state": {"dtype": "float32", "shape": (STATE,), "names": [f"m{i}" for i in range(STATE)]}}
+    call("Ready")
+    call("SendPolicyInstructions", message(pickle.dumps(RemotePolicyConfig("smolvla", "served", features, 1000))))
+
+    def ask(o: dict[str, Any], n: int) -> np.ndarray:
+        motors = {f"m{i}": float(v) for i, v in enumerate(o["state"])}
+        pictures = {k.rsplit(".", 1)[-1]: v for k, v in o["images"].items()}
+        raw = {**motors, **pictures, "task": o["task"], "moment": list(o["moment"])}
+        data = pickle.dumps(TimedObservation(time.time(), n, raw))
+        channel.stream_unary(path + "SendObservations")(iter([bytes([8, 3, 18]) + message(data)[1:]]), timeout=60)
+        found = pickle.loads(fields(call("GetActions"))[1])  # noqa: S301  (of our own server)
+        if [a.timestep for a in found] != list(range(n, n + len(found))):
+            raise RuntimeError("the steps are another observation's")
+        return np.array([a.action for a in found], np.float32)
+
+    return ask
+
+
+def pretend_lerobot() -> None:
+    """LeRobot's message classes and `torch.tensor` under their names, without importing either."""
+    names = ["lerobot", "async_inference", "helpers"]
+    for i in range(1, len(names) + 1):
+        sys.modules[".".join(names[:i])] = types.ModuleType(names[i - 1])
+    for kind in (TimedObservation, RemotePolicyConfig, TimedAction):
+        kind.__module__ = ".".join(names)
+        setattr(sys.modules[kind.__module__], kind.__name__, kind)
+    sys.modules["torch"] = types.ModuleType("torch")
+    sys.modules["torch"].tensor = lambda values: values  # type: ignore[attr-defined]
+
+
+STATE = 4
+CLIENTS: dict[str, Callable[[int, int], Ask]] = {
+    "openpi": openpi_client,
+    "http": http_client,
+    "lerobot": lerobot_client,
+}
+
+
+def drive(
+    protocol: str, port: int, client: int, seen: list[dict[str, Any]], wanted: list[np.ndarray], until: float, out: Any
+) -> None:
+    global STATE
+    STATE = len(seen[0]["state"])
     times, wrong, lost = [], 0, 0
     n = 0
-    while time.time() < until:
-        o = seen[n % OBSERVATIONS]
-        message = {
-            **o["images"],
-            "observation.state": o["state"],
-            "prompt": o["task"],
-            "moment": list(o["moment"]),
-        }
-        started = time.perf_counter()
-        try:
-            actions = policy.infer(message)["actions"]
-        except (OSError, RuntimeError, WebSocketException) as error:
-            print(f"lost: {type(error).__name__}: {error}", file=sys.stderr)
-            lost += 1
-            break
-        times.append((time.perf_counter() - started) * 1e3)
-        wrong += not np.array_equal(actions, wanted[n % OBSERVATIONS])
-        n += 1
-    results.put((times, wrong, lost))
+    try:
+        ask = CLIENTS[protocol](port, client)
+        while time.time() < until:
+            started = time.perf_counter()
+            actions = ask(seen[n % OBSERVATIONS], n)
+            times.append((time.perf_counter() - started) * 1e3)
+            wrong += not np.array_equal(actions, wanted[n % OBSERVATIONS])
+            n += 1
+    except Exception as error:  # whatever it is, a reply is missing, and the report must say so
+        print(f"lost: {type(error).__name__}: {error}", file=sys.stderr)
+        lost += 1
+    out.put((times, wrong, lost))
 
 
 def memory_mb(pid: int) -> float:
@@ -68,9 +173,16 @@ def memory_mb(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process with its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact")
+    parser.add_argument("--protocol", choices=tuple(CLIENTS), default="openpi")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1)
@@ -86,7 +198,7 @@ def main() -> None:
     facts = driver.facts
     driver.close()
 
-    command = ["serve", args.artifact, "--protocol", "openpi", "--port", "0", "--threads", str(args.threads)]
+    command = ["serve", args.artifact, "--protocol", args.protocol, "--port", "0", "--threads", str(args.threads)]
     server = subprocess.Popen(
         [sys.executable, "-c", "from vlac.cli import main; main()", *command], stderr=subprocess.PIPE, text=True
     )
@@ -101,8 +213,10 @@ def main() -> None:
     results = spawn.Queue()
     began, until = time.time(), time.time() + 60 * args.minutes
     clients = [
-        spawn.Process(target=drive, args=(port, seen[c], wanted[c], until, results)) for c in range(args.clients)
+        spawn.Process(target=drive, args=(args.protocol, port, c, seen[c], wanted[c], until, results))
+        for c in range(args.clients)
     ]
+    cpu = cpu_seconds(server.pid)
     for c in clients:
         c.start()
     memory = []
@@ -112,7 +226,7 @@ def main() -> None:
     parts = [results.get(timeout=60) for _ in clients]
     for c in clients:
         c.join()
-    seconds = time.time() - began
+    seconds, cpu = time.time() - began, cpu_seconds(server.pid) - cpu
     server.send_signal(signal.SIGTERM)
     code = server.wait(30)
     times = np.concatenate([np.asarray(p[0]) for p in parts])
@@ -123,6 +237,9 @@ def main() -> None:
         "seconds": round(seconds, 1),
         "requests": len(times),
         "per_second": round(len(times) / seconds, 1),
+        "server_cpu_ms_per_request": round(cpu * 1e3 / max(1, len(times)), 2),
+        "load_average": [round(v, 1) for v in os.getloadavg()],
+        "cores": os.cpu_count(),
         "round_trip_ms": {f"p{q}": round(float(np.percentile(times, q)), 2) for q in (50, 95, 99, 100)},
         "fewest_and_most_per_client": [min(len(p[0]) for p in parts), max(len(p[0]) for p in parts)],
         "wrong": sum(p[1] for p in parts),
@@ -137,7 +254,8 @@ def main() -> None:
     text = json.dumps(report, indent=2)
     print(text)
     if args.out is not None:
-        args.out.write_text(text + "\n", encoding="utf-8")
+        known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+        args.out.write_text(json.dumps({**known, args.protocol: report}, indent=1) + "\n", encoding="utf-8")
     sys.exit(1 if report["wrong"] or report["lost"] or code else 0)
 
 
