@@ -4,7 +4,9 @@ python benchmarks/visual_tokens.py [CHECKPOINT] [--factor N] [--held-out N]
 
 CHECKPOINT: a policy folder, by default the bundled push-cubes policy. Ways: random drop (one random token of each block
 stays; mean of three draws), the plain average of blocks, and reduce-visual-tokens with its weight, its positions and
-its ridge fit added one by one; beside them merge-in-tower, which keeps the tokens and saves work in the tower. Recorded
+its ridge fit added one by one. Beside them merge-in-tower, which keeps the tokens and saves work in the tower, against
+as few rows there made otherwise: random rows dropped (their place gets a neighbour's result; mean of three draws), and
+rows averaged with a neighbour in the picture, whatever they show. Recorded
 observations where the policy has them: fits see the first ones, drift is taken on the last. float32, the same noise.
 Writes benchmarks/results/visual_tokens.json (visual_tokens-NAME.json for another checkpoint).
 """
@@ -12,6 +14,7 @@ Writes benchmarks/results/visual_tokens.json (visual_tokens-NAME.json for anothe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -19,6 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from compile_full_size import ROOT, machine, versions
@@ -29,6 +33,7 @@ from vlac.artifact import Golden
 from vlac.checkpoint import read_policy
 from vlac.goldens import reference_session, synthetic
 from vlac.graph import Node, Param, Program
+from vlac.passes import merge_in_tower
 from vlac.policy import Policy
 from vlac.recorded import Recorded
 from vlac.runtime.inputs import prepared
@@ -44,8 +49,8 @@ WAYS = {
     "average, weight, positions": POOL,
     "average, weight, positions, ridge": POOL + ",heal=ridge,samples={n}",
     "average, ridge": POOL + ",mass=0,positions=packed,heal=ridge,samples={n}",
-    "merge-in-tower, 25 % of the rows at each layer": "merge-in-tower:samples={n}{seen}",
 }
+TOWER = "merge-in-tower:samples={n}{seen}"
 
 
 def chunks(policy: Policy, program: Program, given: Sequence[Golden]) -> list[np.ndarray]:
@@ -104,6 +109,34 @@ def random_drop(policy: Policy, factor: int, seed: int) -> Program:
     )
 
 
+def neighbours(similar: np.ndarray, merged: int, checker: np.ndarray) -> np.ndarray:
+    """As merge_in_tower.matching: candidates at even distances, each with the row nearest to it in order."""
+    to, mine = np.arange(len(similar)), np.flatnonzero(checker)
+    chosen = mine[np.linspace(0, len(mine) - 1, merged).astype(int)]
+    others = np.flatnonzero(~checker)
+    to[chosen] = others[np.abs(others[None] - chosen[:, None]).argmin(axis=1)]
+    return to
+
+
+def tower(policy: Policy, recipe: str, way: str, seed: int = 0) -> Policy:
+    """The policy with rows of its tower merged as the pass does ("alike"), as neighbours stand, or dropped."""
+    rng = np.random.default_rng(seed)
+
+    def random(similar: np.ndarray, merged: int, checker: np.ndarray) -> np.ndarray:
+        to, others = np.arange(len(similar)), np.flatnonzero(~checker)
+        chosen = rng.permutation(np.flatnonzero(checker))[:merged]
+        to[chosen] = others[np.abs(others[None] - chosen[:, None]).argmin(axis=1)]
+        return to
+
+    def without(to: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        kept = np.unique(to)
+        return np.eye(len(to))[kept], np.ones(len(kept), dtype=int), np.searchsorted(kept, to)
+
+    changed = {"neighbours": {"matching": neighbours}, "dropped": {"matching": random, "matrix": without}}
+    with mock.patch.multiple(merge_in_tower, **changed[way]) if way in changed else contextlib.nullcontext():
+        return apply_passes(policy, [recipe])
+
+
 def measure(policy: Policy, factor: int, held: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         return _measure(policy, factor, *divided(policy, held, Path(folder)))
@@ -124,6 +157,15 @@ def _measure(policy: Policy, factor: int, seen: str, fit: int, judge: Sequence[G
         after = apply_passes(policy, [recipe.format(f=factor, n=fit, seen=seen)])
         got = chunks(after, draw(after), judge)
         add(way, calibrate.drift(got, want), after.spec.tokens_per_camera, after.history[-1].figures)
+    recipe = TOWER.format(n=fit, seen=seen)
+    for way, name in (
+        ("dropped", "in the tower: random drop"),
+        ("neighbours", "in the tower: plain average of neighbours"),
+        ("alike", "merge-in-tower, 25 % of the rows at each layer"),
+    ):
+        afters = [tower(policy, recipe, way, s) for s in range(3 if way == "dropped" else 1)]
+        drops = [calibrate.drift(chunks(after, draw(after), judge), want) for after in afters]
+        add(name, float(np.mean(drops)), policy.spec.tokens_per_camera, afters[0].history[-1].figures)
     return rows
 
 

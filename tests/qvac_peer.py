@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,19 @@ INSTALLED = ROOT / ".venv-qvac"
 BARE = INSTALLED / "node_modules" / ".bin" / "bare"
 
 Array = np.ndarray[Any, Any]
+
+
+@lru_cache
+def environment() -> dict[str, str]:
+    """For the engine's process: with scripts/peers/qvac_one_thread.c where a C compiler is, else as it is (slower)."""
+    source, made = ROOT / "scripts" / "peers" / "qvac_one_thread.c", INSTALLED / "one_thread.so"
+    compiler = shutil.which("cc")
+    if compiler and (not made.exists() or made.stat().st_mtime < source.stat().st_mtime):
+        built = made.with_name(f"one_thread.{os.getpid()}")
+        done = subprocess.run([compiler, "-O2", "-fPIC", "-shared", "-o", str(built), str(source), "-ldl"], check=False)
+        if done.returncode == 0:
+            built.replace(made)
+    return {**os.environ, **({"LD_PRELOAD": str(made)} if made.exists() else {})}
 
 
 def reason() -> str:
@@ -60,7 +76,12 @@ def run(model: Path, calls: Sequence[dict[str, Array]], io: IO, folder: Path) ->
         job["calls"].append(row)
     (folder / "job.json").write_text(json.dumps(job))
     done = subprocess.run(
-        [str(BARE), "run.js", str(folder / "job.json")], cwd=INSTALLED, capture_output=True, text=True, timeout=600
+        [str(BARE), "run.js", str(folder / "job.json")],
+        cwd=INSTALLED,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     if done.returncode:
         raise RuntimeError(f"QVAC's engine ended with {done.returncode}: {done.stderr[-600:]}")
@@ -83,7 +104,12 @@ def probe(models: Sequence[Path], folder: Path, limit: float = 1500) -> dict[Pat
         with said.open("w") as out:
             try:
                 code = subprocess.run(
-                    [str(BARE), "run.js", str(job)], cwd=INSTALLED, stdout=out, stderr=subprocess.STDOUT, timeout=limit
+                    [str(BARE), "run.js", str(job)],
+                    cwd=INSTALLED,
+                    env=environment(),
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    timeout=limit,
                 ).returncode
                 outcome: dict[str, Any] = {"died": code}
             except subprocess.TimeoutExpired:
