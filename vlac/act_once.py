@@ -26,19 +26,21 @@ def act_once(
     units: str | None = None,
     engine: str | None = None,
     threads: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Loads an artifact and acts once.
 
     Args:
         images: camera (feature key or its last part) -> picture file.
         state: "0,0,..." raw values, None if the policy takes none.
+        options: for the engine, as in vlac.load.
 
     Returns: chunk (float32 [chunk_size, action_dim]), actions (names), units, engine, stats (milliseconds), warnings.
     Raises: VlacError for files, state and cameras that do not fit.
     """
     pictures = {name: read_image(Path(file)) for name, file in images.items()}
     values = parse_state(state)
-    policy = load(path, engine=engine, threads=threads)
+    policy = load(path, engine=engine, threads=threads, options=options)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", VlacWarning)  # they are in the answer

@@ -47,6 +47,7 @@ def bench(
     *,
     engine: str | None = None,
     threads: int | None = None,
+    options: Mapping[str, Any] | None = None,
     runs: int | None = None,
     rate: float | None = None,
     sustain: bool = False,
@@ -55,8 +56,9 @@ def bench(
 ) -> dict[str, Any]:
     """Measures an artifact on this machine; times in milliseconds, sizes in bytes.
 
-    rate: control rate in Hz for which missed deadlines are counted. sustain: runs until latency has settled, and takes
-    the figures of the settled part. root: where the board's /proc and /sys are read, for tests.
+    options: for the engine, as in vlac.load. rate: control rate in Hz for which missed deadlines are counted. sustain:
+    runs until latency has settled, and takes the figures of the settled part. root: where the board's /proc and /sys
+    are read, for tests.
 
     Raises:
         Unsupported: the process runs under emulation, where a latency means nothing.
@@ -78,6 +80,7 @@ def bench(
         "path": str(path),
         "engine": engine,
         "threads": threads,
+        "options": dict(options or {}),
         "runs": runs or RUNS,
         "least": runs or LEAST,
         "budget_s": BUDGET_S,

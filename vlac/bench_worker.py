@@ -55,7 +55,8 @@ def measure(request: dict[str, Any], entered: float) -> dict[str, Any]:
 
     imported = time.perf_counter()
     before, _ = peak_rss()
-    session = load(request["path"], engine=request["engine"], threads=request["threads"])
+    options = request.get("options")
+    session = load(request["path"], engine=request["engine"], threads=request["threads"], options=options)
     loaded = time.perf_counter()
     inputs = inputs_of(request["path"])
     rng = np.random.Generator(np.random.PCG64(0))

@@ -110,6 +110,7 @@ def parity(
     frames: int | None = None,
     engine: str | None = None,
     threads: int | None = None,
+    options: Mapping[str, Any] | None = None,
     limits: Sequence[str] = (),
     read: ReadOptions | None = None,
     progress: Progress = silent,
@@ -122,7 +123,7 @@ def parity(
         observations: a dataset, an observations/ folder or an .npz (vlac.recorded); None = with `reference`, the
             observations/ folder beside the artifact or the reference if there is one, else the golden observations.
         frames: how many observations at most; None = DATASET_FRAMES of a dataset, else all.
-        engine: which engine runs the artifact; None = the best here.
+        engine: which engine runs the artifact; None = the best here. options: for it, beside its own for parity.
         limits: "cos>=0.999", "compiler.max<=1e-4"; they replace the defaults of their question.
         read: how to read `reference` (revision, statistics, spec).
 
@@ -136,7 +137,7 @@ def parity(
     given, source = _observations(artifact, observations, frames, reference, read)
     chosen = choose_engine(artifact, engine)
     name = chosen.name
-    grade = grade_of(artifact.program)
+    grade = grade_of(artifact.program, (options or {}).get("dtype"))
     report: dict[str, Any] = {
         "artifact": str(artifact.path),
         "sha256": fingerprint(artifact)["sha256"],
@@ -147,22 +148,24 @@ def parity(
         "observations": {"source": source, "count": len(given)},
         "not_asked": ["3. Does it matter? Success on a task in closed loop, with paired seeds."],
     }
-    session = chosen.open(artifact, threads=threads, options=chosen.parity_options)
+    session = chosen.open(artifact, threads=threads, options={**chosen.parity_options, **(options or {})})
     try:
         report["engine_info"] = dict(session.info)
         mine = _answers(artifact.program, session, artifact.io, artifact.tokenizer, given, progress, f"{name} engine")
     finally:
         session.close()
     report["repeats"] = mine.repeats
-    report["compiler"] = _compiler(artifact, name, given, mine, wanted, grade, threads, progress, report["not_asked"])
+    what = " ".join((name, *(str(v) for v in (options or {}).values())))  # "torch cuda bf16" may be judged by torch
+    report["compiler"] = _compiler(artifact, what, given, mine, wanted, grade, threads, progress, report["not_asked"])
     report["cost"] = _cost(artifact, reference, read, given, source, mine, wanted, grade, progress, report["not_asked"])
     asked: list[dict[str, Any]] = [report[q] for q in ("compiler", "cost") if report[q] is not None]
     report["ok"] = bool(asked) and all(q["ok"] for q in asked)
     return report
 
 
-def grade_of(program: Program) -> str:
-    """The coarsest format that holds at least 1 % of the parameters' values; it chooses the default limits."""
+def grade_of(program: Program, products: str | None = None) -> str:
+    """The coarsest format that holds at least 1 % of the parameters' values, or that the engine rounds `products` to;
+    it chooses the default limits."""
     counts: dict[str, int] = {}
     for p in program.params.values():
         counts[p.format] = counts.get(p.format, 0) + math.prod(p.shape)
@@ -170,6 +173,8 @@ def grade_of(program: Program) -> str:
     kept = [f for f in counts if f in FORMATS and counts[f] * 100 >= total]
     if any(n.op in ("pack_codes", "round_int8") for s in program.stages for n in s.nodes):
         kept.append("int8")  # rounding in the middle of the network: one code more or less is no error
+    if products in FORMATS:
+        kept.append(str(products))
     return max(kept, key=FORMATS.index, default="f32")
 
 

@@ -25,7 +25,9 @@ skip() {
   exit 3
 }
 [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] || skip "it emulates ARM on x86-64 Linux; this is $(uname -s) on $(uname -m)"
-for tool in apt-get dpkg python3; do
+python=python3
+[ ! -x .venv/bin/python ] || python=.venv/bin/python
+for tool in apt-get dpkg $python; do
   command -v $tool >/dev/null || skip "no $tool"
 done
 grep -q '^VERSION_CODENAME=bookworm' /etc/os-release || skip "the recipe is for Debian 12's packages"
@@ -63,20 +65,23 @@ for deb in "$work"/apt-arm64/cache/archives/*.deb; do
 done
 
 # The base install and its engines as pip resolves them for a Pi: from wheels alone, so it fails where something is missing
-python3 - >"$work/requirements.txt" <<'PYTHON'
-import tomllib
+$python - >"$work/requirements.txt" <<'PYTHON'
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 print(*project["dependencies"], *project["optional-dependencies"]["gguf"], "onnxruntime", sep="\n")
 PYTHON
 grep -v '^torch==' constraints.txt >"$work/constraints.txt"
 platforms=()
 for tag in 2_28 2_27 2_26 2_24 2_17; do platforms+=(--platform manylinux_${tag}_aarch64); done
-python3 -m pip --disable-pip-version-check download --quiet --only-binary=:all: --python-version 3.11 --implementation cp \
+$python -m pip --disable-pip-version-check download --quiet --only-binary=:all: --python-version 3.11 --implementation cp \
   --abi cp311 --abi abi3 --abi none "${platforms[@]}" --platform manylinux2014_aarch64 -d "$work/wheels" \
   -c "$work/constraints.txt" -r "$work/requirements.txt" >>"$log" 2>&1 || refused "the aarch64 wheels cannot be fetched"
 mkdir "$work/site"
 for wheel in "$work"/wheels/*.whl; do
-  python3 -m zipfile -e "$wheel" "$work/site"
+  $python -m zipfile -e "$wheel" "$work/site"
 done
 rm -f "$work"/site/transcribe_cpp_native/_native/libggml-vulkan.so # 44 MB that no emulated CPU uses
 

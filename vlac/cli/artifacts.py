@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from vlac.cli.options import (
+    Device,
     DialectOf,
+    Dtype,
     Embodiment,
     Engine,
     Json,
@@ -27,6 +29,7 @@ from vlac.cli.options import (
     finish,
     guarded,
     key_values,
+    on_torch,
 )
 from vlac.errors import InputError
 
@@ -176,6 +179,8 @@ def parity_command(
     rename: Rename = None,
     engine: Engine = None,
     threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
     limit: Annotated[
         list[str] | None,
         typer.Option("--limit", metavar="LIMIT", help='Such as "cos>=0.999" or "compiler.max<=1e-4"; repeatable.'),
@@ -212,6 +217,9 @@ def parity_command(
         raise InputError(
             f"--dataset together with {'--ablate' if ablate else '--observations'}", remedy="give one of them"
         )
+    if ablate and (device or dtype):
+        raise InputError("--device and --dtype do not go with --ablate", remedy="leave them out")
+    engine, options = on_torch(engine, device, dtype)
     data = dataset or observations
     given = None if data is None else Recorded(data, key_values(rename, "--rename"))
 
@@ -248,6 +256,7 @@ def parity_command(
             frames=frames,
             engine=engine,
             threads=threads,
+            options=options,
             limits=limit or (),
             read=read if how else None,
             progress=show,
@@ -288,6 +297,8 @@ def bench_command(
     stats_from: StatsFrom = None,
     engine: Engine = None,
     threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
     runs: Annotated[
         int | None, typer.Option(min=1, help="Chunks to measure; default: 30, or a minute's worth.")
     ] = None,
@@ -324,6 +335,9 @@ def bench_command(
     """
     if (sustain or rate is not None) and (peers is not None or profile):
         raise InputError("--sustain and --rate measure one artifact alone", remedy="leave --peers and --profile away")
+    engine, options = on_torch(engine, device, dtype)
+    if options and (peers is not None or profile):
+        raise InputError("--device and --dtype measure one artifact alone", remedy="leave --peers and --profile away")
     if peers is not None:
         if form not in ("md", "json"):
             raise InputError(f"-o {form!r} together with --peers: there are md, json")
@@ -346,7 +360,14 @@ def bench_command(
     silent, read = json_output or quiet or form != "md", ReadOptions(stats_from=stats_from)
     with progress.progress(silent) as show, runnable(path, read, goldens=1, progress=show) as artifact:
         report = bench(
-            artifact, engine=engine, threads=threads, runs=runs, rate=rate, sustain=sustain, progress=show
+            artifact,
+            engine=engine,
+            threads=threads,
+            options=options,
+            runs=runs,
+            rate=rate,
+            sustain=sustain,
+            progress=show,
         )
     finish(report, save)
     typer.echo(bench_text(report, form))

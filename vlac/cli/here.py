@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from vlac.cli.options import (
+    Device,
+    Dtype,
     Engine,
     Json,
     StatsFrom,
@@ -15,6 +17,7 @@ from vlac.cli.options import (
     app,
     guarded,
     key_values,
+    on_torch,
 )
 
 
@@ -37,6 +40,8 @@ def run_command(
     stats_from: StatsFrom = None,
     engine: Engine = None,
     threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="chunk.npy", help="Write the chunk there.")] = None,
     json_output: Json = False,
 ) -> None:
@@ -47,6 +52,7 @@ def run_command(
     from vlac.report import chunk_text
     from vlac.tables import as_json
 
+    engine, options = on_torch(engine, device, dtype)
     with runnable(path, ReadOptions(stats_from=stats_from)) as artifact:
         answer = act_once(
             artifact,
@@ -57,6 +63,7 @@ def run_command(
             units=units,
             engine=engine,
             threads=threads,
+            options=options,
         )
     if out is not None:
         save(out, answer["chunk"])

@@ -27,6 +27,12 @@ F = TypeVar("F", bound=Callable[..., None])
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Engine = Annotated[str | None, typer.Option(help="onnxruntime, openvino, ggml, torch or numpy; default: the best.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Where the torch engine computes; default: cpu.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="f32|bf16|f16|int8", help="What the torch engine multiplies; default: f32.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")]
 StatsKey = Annotated[str | None, typer.Option(help="Name under which the checkpoint keeps its statistics.")]
 StatsFrom = Annotated[str | None, typer.Option(help="File or checkpoint to take statistics from.")]
@@ -120,6 +126,14 @@ def key_values(items: list[str] | None, option: str) -> dict[str, str]:
             raise InputError(f"{option} {key} is given twice")
         result[key] = value
     return result
+
+
+def on_torch(engine: str | None, device: str | None, dtype: str | None) -> tuple[str | None, dict[str, Any]]:
+    """The engine and its options; --device and --dtype mean torch, InputError when another engine is named."""
+    given = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
+    if given and engine not in (None, "torch"):
+        raise InputError(f"--{next(iter(given))} is for the torch engine, not {engine}", remedy="use --engine torch")
+    return ("torch" if given else engine), given
 
 
 def milliseconds(text: str | None) -> float | str | None:

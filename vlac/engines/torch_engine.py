@@ -11,26 +11,33 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from vlac.artifact import Artifact
 from vlac.engines.base import Engine, EngineSession, NpArray, Values, gathered
 from vlac.engines.torch_codes import code_ops
+from vlac.engines.torch_device import Resident, checked_device, checked_dtype, checked_sdpa, settings
+from vlac.engines.torch_graphs import Graphs, on_cuda
+from vlac.engines.torch_plan import Plan, Step, TorchOp, with_frees
+from vlac.engines.torch_precision import NARROW, NarrowProducts, only_multiplied
 from vlac.errors import EngineError
 from vlac.graph import Node, Program, Repeat, stage_symbols
 
 Tensor = Any
 """torch.Tensor; torch is imported only when a session is made."""
 
-TorchOp = Callable[[Sequence[Tensor], Mapping[str, Any]], Tensor]
-
 DECLINES: dict[str, str] = {}
 """Ops this engine does not run, with the reason; none."""
+
+UNRECORDED = ("column_mean", "pack_codes", "unpack_codes")
+"""Ops that read tables from the host or pick rows by a mask, which a CUDA graph cannot hold."""
+
+COMPILER = "inductor"
+"""torch.compile's backend."""
 
 MASKED = -1e30
 """Added to logits where a mask is false; finite, so that a row without a true entry stays finite."""
@@ -180,35 +187,22 @@ def _float_ops(torch: Any) -> dict[str, TorchOp]:
 # --- session ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One call: env[result] = fn(operands, attrs), then `free` leave the environment."""
-
-    fn: TorchOp
-    operands: tuple[str, ...]
-    attrs: Mapping[str, Any]
-    result: str
-    free: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A stage for one bucket; `constants` are values that depend on nothing."""
-
-    steps: tuple[_Step, ...]
-    constants: Mapping[str, Tensor]
-
-
 class TorchSession(EngineSession):
     """Runs a program; `weight(name)` gives float32 values and is asked once per parameter, when first needed.
 
     Args:
         threads: intra-op threads, None for torch's own choice; set for the time of a call and restored.
-        device: "cpu" or "cuda".
-        dtype: "f32", or "f64" for a reference closer to the truth.
+        device: "cpu", "cuda" or "cuda:1".
+        dtype: "f32", or "f64" for a reference closer to the truth; products in "bf16", "f16" or "int8"
+            (torch_precision.py).
         keep_weights: False asks `weight` anew whenever a parameter is used and keeps none: slow, for models that do not
             fit into memory in float32.
         profile: note how long each kind of op takes (on a CPU: nothing waits for a device).
+        linears: weights whose products may be narrow; None: of all linears.
+        tf32: float32 products rounded to 10 bits, where the device has them. sdpa: "math" for attention by plain
+            products, on CUDA.
+        graphs: record stages and loops as CUDA graphs (torch_graphs.py); None: on CUDA, unless they are profiled.
+        compile: have torch.compile fuse each stage; the first call takes long, and more where a GPU is waited for.
     """
 
     engine = "torch"
@@ -222,6 +216,11 @@ class TorchSession(EngineSession):
         dtype: str = "f32",
         keep_weights: bool = True,
         profile: bool = False,
+        linears: frozenset[str] | None = None,
+        tf32: bool = False,
+        sdpa: str = "auto",
+        graphs: bool | None = None,
+        compile: bool = False,
     ) -> None:
         # a busy core must not make the other threads spin: it can cost ten times the run on a shared machine
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -232,13 +231,26 @@ class TorchSession(EngineSession):
         self._weight = weight
         self._keep = keep_weights
         self._threads = threads
-        self._device = _checked_device(torch, device)
-        self._float = _checked_dtype(torch, dtype)
+        self._device = checked_device(torch, device)
+        self._float = checked_dtype(torch, dtype)
         kinds = {"f32": self._float, "i32": torch.int32, "bool": torch.bool}
         self._ops = {**_index_ops(torch, kinds, self._device), **_layout_ops(torch), **_float_ops(torch)}
         self._ops |= code_ops(torch)
+        self._narrow = None
+        if dtype in NARROW:
+            self._narrow = NarrowProducts(torch, dtype, only_multiplied(program, linears))
+            self._ops["linear"] = self._narrow.linear(self._ops["linear"])
+            self._ops["attention"] = self._narrow.attention(self._ops["attention"])
+        cuda = self._device.type == "cuda"
+        if graphs and not cuda:
+            raise EngineError(f"torch engine: graphs=True on {device}", remedy="CUDA graphs need device=cuda")
+        self._graphs = Graphs(on_cuda(torch, self._device)) if cuda and not profile and graphs is not False else None
+        self._compiled: dict[Any, Callable[..., dict[str, Tensor]]] | None = {} if compile else None
+        self._resident = Resident() if cuda else None
+        self._tf32, self._sdpa = tf32, checked_sdpa(sdpa) if cuda else "auto"
+        self._indices: dict[int, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
-        self._plans: dict[tuple[str, tuple[tuple[str, int], ...]], _Plan] = {}
+        self._plans: dict[tuple[str, tuple[tuple[str, int], ...]], Plan] = {}
         self._symbols: dict[str, frozenset[str]] = {}
         self.profiling = profile
         self._op_ms: dict[str, dict[str, float]] = {}
@@ -249,13 +261,15 @@ class TorchSession(EngineSession):
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "dtype": dtype,
             "threads": threads or torch.get_num_threads(),
+            **({"tf32": tf32, "sdpa": self._sdpa, "graphs": self._graphs is not None} if cuda else {}),
+            **({"compile": True} if compile else {}),
         }
 
     def run(self, stage: str, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:
         with self._settings():
             s = self.program.stage(stage)
             given = {name: self._tensor(inputs[name]) for name, _ in s.inputs}
-            return self._download(self._run(stage, given, symbols))
+            return self._download(self._replayed(("stage", stage), stage, self._run_alone, given, symbols))
 
     def repeat(self, step: Repeat, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:
         """All turns on the device; only the first inputs and the last outputs cross."""
@@ -264,12 +278,13 @@ class TorchSession(EngineSession):
             s = self.program.stage(step.stage)
             env = {name: self._tensor(inputs[name]) for name, _ in s.inputs if name not in own}
             env.update({into: self._tensor(inputs[initial]) for _, into, initial in step.carry})
+            if not (step.until or step.collect):
+                loop = partial(self._loop, step)
+                return self._download(self._replayed(("loop", step), step.stage, loop, env, symbols))
             out: dict[str, Tensor] = {}
             turns: list[dict[str, Tensor]] = []
             for i in range(step.times):
-                env[step.index] = self._tensor(np.array([i], dtype=np.int32))
-                out = self._run(step.stage, env, symbols)
-                env.update({into: out[name] for name, into, _ in step.carry})
+                out = self._turn(step, i, env, symbols)
                 turns.append({name: out[name] for name, _ in step.collect})
                 if step.until and int(out[step.until][0]) in step.stop:
                     break
@@ -283,6 +298,50 @@ class TorchSession(EngineSession):
         self._plans.clear()
 
     # --- internals
+
+    def _replayed(
+        self,
+        key: tuple[Any, ...],
+        stage: str,
+        function: Callable[[str, Mapping[str, Tensor], Mapping[str, int]], dict[str, Tensor]],
+        given: Mapping[str, Tensor],
+        symbols: Mapping[str, int],
+    ) -> dict[str, Tensor]:
+        """function(stage, given, symbols), by a CUDA graph where there are such and the stage can be recorded."""
+        if self._graphs is None or any(n.op in UNRECORDED for n in self.program.stage(stage).nodes):
+            return function(stage, given, symbols)
+
+        def run(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return function(stage, values, symbols)
+
+        return self._graphs.run((key, *self._key(stage, symbols)), run, given)
+
+    def _run_alone(self, stage: str, given: Mapping[str, Tensor], symbols: Mapping[str, int]) -> dict[str, Tensor]:
+        if self._compiled is None:
+            return self._run(stage, given, symbols)
+        key = self._key(stage, symbols)
+        if key not in self._compiled:
+            self._plan(stage, symbols)  # weights are read outside of what is compiled
+            run = partial(self._run, stage, symbols=dict(symbols))
+            self._compiled[key] = self._torch.compile(run, dynamic=False, backend=COMPILER)
+        return self._compiled[key](dict(given))
+
+    def _loop(
+        self, step: Repeat, stage: str, given: Mapping[str, Tensor], symbols: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        env, out = dict(given), {}
+        for i in range(step.times):
+            out = self._turn(step, i, env, symbols)
+        return out
+
+    def _turn(self, step: Repeat, i: int, env: dict[str, Tensor], symbols: Mapping[str, int]) -> dict[str, Tensor]:
+        """One turn; what it carries on is written into `env`."""
+        if i not in self._indices:
+            self._indices[i] = self._tensor(np.array([i], dtype=np.int32))
+        env[step.index] = self._indices[i]
+        out = self._run_alone(step.stage, env, symbols)
+        env.update({into: out[name] for name, into, _ in step.carry})
+        return out
 
     def _run(self, stage: str, given: Mapping[str, Tensor], symbols: Mapping[str, int]) -> dict[str, Tensor]:
         plan = self._plan(stage, symbols)
@@ -302,18 +361,21 @@ class TorchSession(EngineSession):
         kind, times = kinds.get(result, "masks and angles"), self._op_ms.setdefault(stage, {})
         times[kind] = times.get(kind, 0.0) + 1e3 * (time.perf_counter() - began)
 
-    def _plan(self, stage: str, symbols: Mapping[str, int]) -> _Plan:
+    def _key(self, stage: str, symbols: Mapping[str, int]) -> tuple[str, tuple[tuple[str, int], ...]]:
         if stage not in self._symbols:
             self._symbols[stage] = stage_symbols(self.program.stage(stage))
-        key = (stage, tuple(sorted((k, v) for k, v in symbols.items() if k in self._symbols[stage])))
+        return stage, tuple(sorted((k, v) for k, v in symbols.items() if k in self._symbols[stage]))
+
+    def _plan(self, stage: str, symbols: Mapping[str, int]) -> Plan:
+        key = self._key(stage, symbols)
         if key not in self._plans:
             self._plans[key] = self._build(stage, symbols)
         return self._plans[key]
 
-    def _build(self, stage: str, symbols: Mapping[str, int]) -> _Plan:
+    def _build(self, stage: str, symbols: Mapping[str, int]) -> Plan:
         s = self.program.bind(symbols).stage(stage)
         constants: dict[str, Tensor] = {}
-        steps: list[_Step] = []
+        steps: list[Step] = []
         for step in self._expand(s.nodes):
             for i in step.operands:
                 if i.startswith("@") and i not in constants and self._keep:
@@ -322,9 +384,9 @@ class TorchSession(EngineSession):
                 constants[step.result] = step.fn([constants[i] for i in step.operands], step.attrs)
             else:
                 steps.append(step)
-        return _Plan(_with_frees(steps, set(s.outputs)), constants)
+        return Plan(with_frees(steps, set(s.outputs)), constants)
 
-    def _expand(self, nodes: Sequence[Node]) -> Iterator[_Step]:
+    def _expand(self, nodes: Sequence[Node]) -> Iterator[Step]:
         """Nodes as steps; a rope's cos and sin and an attention's additive mask become steps that are shared."""
         seen: set[str] = set()
         for n in nodes:
@@ -335,32 +397,37 @@ class TorchSession(EngineSession):
                 if shared.result not in seen:
                     seen.add(shared.result)
                     yield shared
-            yield _Step(self._ops[n.op], operands, n.attr, n.name)
+            yield Step(self._ops[n.op], operands, n.attr, n.name)
 
-    def _shared_part(self, node: Node) -> _Step | None:
+    def _shared_part(self, node: Node) -> Step | None:
         """What a rope or attention makes of its last operand; the name holds a space, as no value's does."""
         last = node.inputs[-1:]
         if node.op == "rope":
             fn = partial(_rotation, self._torch, self._float)
-            return _Step(fn, last, node.attr, f"rotation {last[0]} {node.attrs}")
+            return Step(fn, last, node.attr, f"rotation {last[0]} {node.attrs}")
         if node.op == "attention" and len(node.inputs) > 3:
             bools = self._torch.bool
 
             def added(x: Sequence[Tensor], a: Mapping[str, Any]) -> Tensor:
                 return (~x[0]).to(self._float) * MASKED if x[0].dtype == bools else x[0]
 
-            return _Step(added, last, {}, f"added {last[0]}")
+            return Step(added, last, {}, f"added {last[0]}")
         return None
 
     def _parameter(self, name: str) -> Tensor:
-        if not self._keep:
-            return self._tensor(self._weight(name))
-        if name not in self._weights:
-            self._weights[name] = self._tensor(self._weight(name))
-        return self._weights[name]
+        if name in self._weights:
+            return self._weights[name]
+        weight = self._tensor(self._weight(name))
+        if self._narrow is not None and name in self._narrow.chosen:
+            weight = self._narrow.stored(weight)
+        if self._keep:
+            self._weights[name] = weight
+        return weight
 
     def _tensor(self, array: NpArray) -> Tensor:
         """Shares memory with `array` on CPU in float32; nothing here ever writes to a tensor."""
+        if self._resident is not None and (known := self._resident.find(array)) is not None:
+            return known
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable.*", category=UserWarning)
             t = self._torch.from_numpy(np.ascontiguousarray(array))
@@ -369,63 +436,27 @@ class TorchSession(EngineSession):
     def _download(self, values: Mapping[str, Tensor]) -> dict[str, NpArray]:
         """Copies, because a result may be a view of an input or of another result."""
         f32 = self._torch.float32
-        return {
+        result = {
             name: np.array((t.to(f32) if t.is_floating_point() else t).cpu().numpy(), order="C")
             for name, t in values.items()
         }
+        if self._resident is not None:
+            for name, array in result.items():
+                self._resident.note(array, values[name])
+        return result
 
-    @contextmanager
-    def _settings(self) -> Iterator[None]:
-        """Inference mode, full float32 products (no TF32, no bf16), our number of threads; all restored."""
-        torch = self._torch
-        threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
-            torch.set_num_threads(threads)
+    def _settings(self) -> AbstractContextManager[None]:
+        return settings(self._torch, self._threads, self._tf32, self._sdpa)
 
 
-def _with_frees(steps: Sequence[_Step], keep: set[str]) -> tuple[_Step, ...]:
-    """Each step with the results that nobody reads after it."""
-    last: dict[str, int] = {}
-    for at, step in enumerate(steps):
-        last.update(dict.fromkeys((*step.operands, step.result), at))
-    made = {s.result for s in steps} - keep
-    free: dict[int, list[str]] = {}
-    for name in sorted(made):
-        free.setdefault(last[name], []).append(name)
-    return tuple(_Step(s.fn, s.operands, s.attrs, s.result, tuple(free.get(i, ()))) for i, s in enumerate(steps))
-
-
-def _checked_device(torch: Any, device: str) -> Any:
-    if device != "cpu" and not (device.split(":")[0] == "cuda" and torch.cuda.is_available()):
-        raise EngineError(
-            f"torch engine: device {device!r} is not there; torch {torch.__version__} sees cpu"
-            + (f" and {torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else " only"),
-            remedy="use device=cpu, or install a torch build with CUDA and a driver",
-        )
-    return torch.device(device)
-
-
-def _checked_dtype(torch: Any, dtype: str) -> Any:
-    kinds = {"f32": torch.float32, "f64": torch.float64}
-    if dtype not in kinds:
-        raise EngineError(
-            f"torch engine: dtype {dtype!r}, expected one of {', '.join(kinds)}",
-            remedy="the torch engine is the reference; for lower precision compile to another target",
-        )
-    return kinds[dtype]
+OPTIONS = frozenset(("device", "dtype", "linear", "profile", "tf32", "sdpa", "graphs", "compile"))
 
 
 class TorchEngine(Engine):
-    """torch, from an artifact of any target: weights are decoded, the program runs in float32."""
+    """torch, from an artifact of any target: weights are decoded, the program runs in float32 unless asked."""
 
     name = "torch"
+    parity_options: ClassVar[Mapping[str, Any]] = {"sdpa": "math"}
 
     def missing(self) -> str:
         if importlib.util.find_spec("torch") is None:
@@ -435,19 +466,26 @@ class TorchEngine(Engine):
     def open(
         self, artifact: Artifact, *, threads: int | None = None, options: Mapping[str, Any] | None = None
     ) -> EngineSession:
-        """Options: device ("cpu", "cuda"), dtype ("f32", "f64"), profile, linear ("nf4", "fp4", "int8": see
-        bitsandbytes_linear.py)."""
+        """Options: device ("cpu", "cuda", "cuda:1"), dtype ("f32", "f64", "bf16", "f16", "int8"), tf32, sdpa, graphs,
+        compile, profile (see TorchSession), linear ("nf4", "fp4", "int8": see bitsandbytes_linear.py)."""
         if why := self.missing():
             raise EngineError(f"engine torch: {why}", remedy="pip install torch")
         given = dict(options or {})
-        unknown = set(given) - {"device", "dtype", "linear", "profile"}
+        unknown = set(given) - OPTIONS
         if unknown:
-            raise EngineError(f"engine torch: unknown option {sorted(unknown)[0]!r}; there are device, dtype, linear")
-        if "linear" in given:
-            from vlac.engines.bitsandbytes_linear import BitsandbytesSession
+            raise EngineError(
+                f"engine torch: unknown option {sorted(unknown)[0]!r}; there are: {', '.join(sorted(OPTIONS))}"
+            )
+        from vlac.engines.bitsandbytes_linear import BitsandbytesSession, linear_weights
 
+        if "linear" in given:
+            if beside := sorted(set(given) - {"linear", "device", "dtype"}):
+                raise EngineError(f"engine torch: option {beside[0]!r} does not go with linear")
             return BitsandbytesSession(artifact, given.pop("linear"), threads, **given)
-        return TorchSession(artifact.program, lambda name: artifact.tensors[name].decode(), threads, **given)
+        weight = lambda name: artifact.tensors[name].decode()  # noqa: E731
+        # heads that touch state and actions stay wide; where the census is missing, nothing is known of them
+        linears = linear_weights(artifact) or None
+        return TorchSession(artifact.program, weight, threads, linears=linears, **given)
 
 
 ENGINE = TorchEngine()
