@@ -66,10 +66,10 @@ def register(factor: float, channels: int) -> None:
     )
 
 
-def drift(artifact: Path, engine: str) -> float:
+def drift(artifact: Path, engine: str, **options: Any) -> float:
     """The worst observation's, against the reference's answers in the artifact."""
     worst = 0.0
-    with vlac.load(artifact, engine=engine) as policy:
+    with vlac.load(artifact, engine=engine, options=options) as policy:
         for g in policy.artifact.goldens():
             chunk = policy.act(
                 images=g.images, state=g.state, task=g.task, noise=g.noise, units=policy.hparams.units, reuse=False

@@ -28,12 +28,13 @@ from vlac.formats import FORMATS, GRIDS
 from vlac.graph import Program
 from vlac.layerwise import METHODS, How, round_layer
 from vlac.lower import lower, roles
+from vlac.magnitudes import Magnitudes
 from vlac.ops import NpArray
 from vlac.passes.smooth_norms import Smoothable, moved, smoothable
 from vlac.policy import Policy
 from vlac.propagate import Seen, propagate
 from vlac.registry import Pass, passes, telling
-from vlac.rewrites.corrections import ROUNDINGS, bias_name
+from vlac.rewrites.corrections import ROUNDINGS, attention_operands, bias_name, is_operand
 from vlac.rewrites.rotate import FULL, rotate_inputs
 from vlac.rounding import awq_factors, smooth_factors
 from vlac.weights import LazyTensor
@@ -70,6 +71,7 @@ class Ask:
     rotate: int
     importance: bool
     act: str
+    attend: bool
     smooth: float
     bias_correct: bool
     follow: bool
@@ -131,7 +133,9 @@ def _ask(policy: Policy, **p: Any) -> Ask:
     bits, size = CAREFUL.get(fmt, (4, 32))
     how = How(method, bits, size, rotate, weighted, 0.5 if p["follow"] else 0.0)
     importance = p["weighted"] == "imatrix" and method == "rtn"
-    rest = (p["act"], p["smooth"], p["bias_correct"], p["follow"], p["samples"], p["observations"])
+    if p["attend"] and p["act"] != "int8-tensor":
+        raise Inapplicable("attend=true rounds queries and keys on fixed scales", remedy="give act=int8-tensor as well")
+    rest = (p["act"], p["attend"], p["smooth"], p["bias_correct"], p["follow"], p["samples"], p["observations"])
     return Ask(fmt, p["match"], how, rotate, importance, *rest)
 
 
@@ -236,8 +240,8 @@ def _layer_error(weight: NpArray, other: NpArray, seen: Seen) -> float:
 # --- what the lowered network reads ------------------------------------------------------------------------------
 
 
-def _lowered_reads(policy: Policy, ask: Ask, given: tuple[Golden, ...]) -> dict[str, tuple[NpArray, float]]:
-    """For each weight of the lowered program that matches: mean squares [k] and the largest of what it meets."""
+def _lowered_reads(policy: Policy, ask: Ask, given: tuple[Golden, ...]) -> dict[str, Magnitudes]:
+    """For each weight of the lowered program that matches, and each operand of attention asked for: what it meets."""
     program = rotate_inputs(lower(calibrate.draw(policy)), policy.rotations)
     kinds = roles(program)
     reads: dict[tuple[str, str], list[str]] = {}
@@ -246,23 +250,32 @@ def _lowered_reads(policy: Policy, ask: Ask, given: tuple[Golden, ...]) -> dict[
             weight = n.inputs[1][1:] if n.op == "linear" else ""
             if kinds.get(weight) == "linear" and fnmatchcase(weight, ask.match) and not weight.startswith("rotation."):
                 reads.setdefault((s.name, n.inputs[0]), []).append(weight)
+            elif ask.attend:
+                for name, value in attention_operands(s.name, n).items():
+                    reads.setdefault((s.name, value), []).append(name)
     names: dict[str, set[str]] = {}
     for stage, value in reads:
         names.setdefault(stage, set()).add(value)
-    squares: dict[str, tuple[NpArray, int]] = {}
-    largest: dict[str, float] = {}
+    met: dict[str, Magnitudes] = {}
 
     def see(_: int, stage: str, values: Mapping[str, NpArray]) -> None:
-        for (where, value), weights in reads.items():
+        for (where, value), users in reads.items():
             if where == stage:
-                x = values[value].astype(np.float64)
-                for w in weights:
-                    old = squares.get(w, (np.zeros(x.shape[1]), 0))
-                    squares[w] = (old[0] + (x * x).sum(axis=0), old[1] + len(x))
-                    largest[w] = max(largest.get(w, 0.0), float(np.abs(x).max(initial=0)))
+                for user in users:
+                    met.setdefault(user, Magnitudes(values[value].shape[1])).add(values[value])
 
     calibrate.watch(policy, given, names, see, program=program)
-    return {w: (total / max(rows, 1), largest[w]) for w, (total, rows) in squares.items()}
+    return met
+
+
+def _fixed(reads: Mapping[str, Magnitudes]) -> tuple[tuple[tuple[str, str, float], ...], dict[str, Any]]:
+    """What is rounded on one fixed scale; by row where values tower: operands of attention then stay float."""
+    towering = {w for w, m in reads.items() if m.largest > TOWERING * np.sqrt(np.median(m.squares / max(m.rows, 1)))}
+    fixed = tuple((w, "int8-tensor", m.limit()) for w, m in reads.items() if w not in towering and m.largest > 0)
+    operands = {w for w in towering if is_operand(w)}
+    by_row = tuple((w, "int8-token", reads[w].largest) for w in sorted(towering - operands))
+    figures = {"activations_fixed": len(fixed), "activations_by_row": sorted(towering - operands)}
+    return (*fixed, *by_row), figures | ({"attention_left_float": sorted(operands)} if operands else {})
 
 
 # --- the pass ----------------------------------------------------------------------------------------------------
@@ -286,14 +299,13 @@ def _apply(policy: Policy, **params: Any) -> tuple[Policy, Mapping[str, Any]]:
     policy = policy.replace(precision=(*policy.precision, (ask.match, ask.format)), rotations=rotations)
     reads = _lowered_reads(policy, ask, given) if measure else {}
     if ask.importance:
-        importance = {w: squares.astype(np.float32) for w, (squares, _) in reads.items()}
+        importance = {w: (m.squares / max(m.rows, 1)).astype(np.float32) for w, m in reads.items() if not is_operand(w)}
         policy = policy.replace(importance={**policy.importance, **importance})
         figures["weighted"] = len(importance)
     if ask.act == "int8-tensor":
-        towering = {w for w, (squares, top) in reads.items() if top > TOWERING * np.sqrt(np.median(squares))}
-        fixed = tuple((w, "int8-token" if w in towering else ask.act, top) for w, (_, top) in reads.items() if top > 0)
+        fixed, found = _fixed(reads)
         policy = policy.replace(activations=(*policy.activations, *fixed))
-        figures |= {"activations_fixed": len(fixed) - len(towering), "activations_by_row": sorted(towering)}
+        figures |= found
     elif ask.act != "none" or policy.activations:
         policy = policy.replace(activations=(*policy.activations, (ask.match, ask.act, 0.0)))
     return policy, figures
@@ -316,6 +328,7 @@ QUANTIZE_WEIGHTS = passes.add(
                 "imatrix: errors count by the inputs' mean squares; auto: with every method but rtn",
             ),
             "act": (str, "none", "inputs of these linears rounded: none, " + ", ".join(ROUNDINGS)),
+            "attend": (bool, False, "with act=int8-tensor: queries and keys of attention without a mask, too"),
             "smooth": (float, 0.0, "SmoothQuant's alpha: outlier channels of norms move into the weights; 0: not"),
             "bias_correct": (bool, False, "biases make up for the mean error"),
             "follow": (bool, True, "layers are rounded for what they read after the layers before"),

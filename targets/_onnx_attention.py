@@ -34,25 +34,52 @@ def integer_attention(n: Node, types: Mapping[str, Type]) -> bool:
 
 @dataclass(frozen=True)
 class _Head:
-    """Names in the graph: queries and keys f32 [rows, d], values int8 [rows, d] with their scales f32 [d]."""
+    """Names in the graph of codes (q uint8 around 128, k and v int8, [rows, d]) with their scales (of queries one, of
+    keys one or [keys], of values [d])."""
 
-    q: str
-    k: str
-    v8: str
-    v_scale: str
+    q: tuple[str, str]
+    k: tuple[str, str]
+    v: tuple[str, str]
     queries: int
-    keys: int
 
 
 def emit_integer_attention(e: StageEmitter, n: Node, out: str) -> None:
-    """Softmax(q k^T scale) v, each product in integers."""
+    """Softmax(q k^T scale) v, each product in integers. Scales that the program fixes are constants."""
     heads = n.attr["heads"]
     (queries, _), (keys, _) = (e.shape(i) for i in n.inputs[:2])
     v8, v_scale = _integer_channels(e, n.inputs[2])
-    q, k = (_split(e, e(i), heads, 1, e.tmp(out, letter)) for i, letter in zip(n.inputs[:2], "qk", strict=True))
-    v, s = _split(e, v8, heads, 1, e.tmp(out, "v")), _split(e, v_scale, heads, 0, e.tmp(out, "v/scales"))
-    parts = [_Head(*names, queries, keys) for names in zip(q, k, v, s, strict=True)]
+    q, k = _queries(e, n.inputs[0], heads, out), _keys(e, n.inputs[1], heads, keys, out)
+    v = zip(_split(e, v8, heads, 1, e.tmp(out, "v")), _split(e, v_scale, heads, 0, e.tmp(out, "v/scales")), strict=True)
+    parts = [_Head(*x, queries) for x in zip(q, k, v, strict=True)]
     e.node("Concat", [_head(e, p, n.attr["scale"], f"{out}/{h}") for h, p in enumerate(parts)], out, axis=1)
+
+
+def _queries(e: StageEmitter, operand: str, heads: int, out: str) -> list[tuple[str, str]]:
+    """uint8 queries and their scale, for each head."""
+    zero = e.graph.const(128, np.uint8)
+    if known := e.fixed(operand):
+        return _fixed(e, known, zero, heads, e.tmp(out, "q"))
+    parts = _split(e, e(operand), heads, 1, e.tmp(out, "q"))
+    scales = [_scale(e, x) for x in parts]
+    codes = [e.node("QuantizeLinear", [x, s, zero], e.tmp(x, "u8")) for x, s in zip(parts, scales, strict=True)]
+    return list(zip(codes, scales, strict=True))
+
+
+def _keys(e: StageEmitter, operand: str, heads: int, keys: int, out: str) -> list[tuple[str, str]]:
+    """int8 keys and their scales, one for each row unless they are fixed, for each head."""
+    if known := e.fixed(operand):
+        return _fixed(e, known, e.graph.const(0, np.int8), heads, e.tmp(out, "k"))
+    zeros = e.graph.const(np.zeros(keys, np.int8))
+    parts = _split(e, e(operand), heads, 1, e.tmp(out, "k"))
+    scales = [_scale(e, x, 1) for x in parts]
+    pairs = zip(parts, scales, strict=True)
+    return [(e.node("QuantizeLinear", [x, s, zeros], e.tmp(x, "s8"), axis=0), s) for x, s in pairs]
+
+
+def _fixed(e: StageEmitter, known: Node, zero: str, heads: int, name: str) -> list[tuple[str, str]]:
+    scale = e.f32(known.attr["largest"] / 127)
+    codes = e.node("QuantizeLinear", [e(known.inputs[0]), scale, zero], e.tmp(name, "codes"))
+    return [(part, scale) for part in _split(e, codes, heads, 1, name)]
 
 
 def _split(e: StageEmitter, x: str, parts: int, axis: int, name: str) -> list[str]:
@@ -71,20 +98,17 @@ def _integer_channels(e: StageEmitter, x: str) -> tuple[str, str]:
 
 
 def _head(e: StageEmitter, x: _Head, scale: float, out: str) -> str:
-    q_scale, k_scale = _scale(e, x.q), _scale(e, x.k, 1)
-    q8 = e.node("QuantizeLinear", [x.q, q_scale, e.graph.const(128, np.uint8)], e.tmp(x.q, "u8"))
-    zeros = e.graph.const(np.zeros(x.keys, np.int8))
-    k8 = e.node("QuantizeLinear", [x.k, k_scale, zeros], e.tmp(x.k, "s8"), axis=0)
+    (q, q_scale), (k, k_scale), (v, v_scale) = x.q, x.k, x.v
     if scale != 1.0:
-        q_scale = e.node("Mul", [q_scale, e.f32(scale)], e.tmp(x.q, "scaled"))
-    scores = _product(e, q8, e.transpose(k8, e.tmp(k8, "T"), 1, 0), q_scale, k_scale, 128, e.tmp(out, "scores"))
+        q_scale = e.node("Mul", [q_scale, e.f32(scale)], e.tmp(q, "scaled"))
+    scores = _product(e, q, e.transpose(k, e.tmp(k, "T"), 1, 0), q_scale, k_scale, 128, e.tmp(out, "scores"))
     p = e.node("Softmax", [scores], e.tmp(out, "p"), axis=-1)
     # one scale for all rows would round the weights of rows that attend to everything to nothing
     most = e.node("ReduceMax", [p, e.i64(1)], e.tmp(p, "max"), keepdims=0)
     p_scale = e.node("Mul", [most, e.f32(1 / 255)], e.tmp(p, "scale"))
     zeros = e.graph.const(np.zeros(x.queries, np.uint8))
     p8 = e.node("QuantizeLinear", [p, p_scale, zeros], e.tmp(p, "u8"), axis=0)
-    y = _product(e, p8, x.v8, e.f32(1.0), x.v_scale, 0, e.tmp(out, "y"))
+    y = _product(e, p8, v, e.f32(1.0), v_scale, 0, e.tmp(out, "y"))
     return e.node("Mul", [y, e.reshape(p_scale, e.tmp(p, "scales"), x.queries, 1)], e.graph.unique(out))
 
 

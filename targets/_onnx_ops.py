@@ -3,7 +3,8 @@
 Standard ops throughout. Linears with int8 weights have two forms over the same bytes: "integer" quantises activations
 per row and multiplies integers (com.microsoft MatMulIntegerToFloat: the fast way in ONNX Runtime), "portable" says
 DequantizeLinear + MatMul (OpenVINO compresses it; any engine runs it). "integer" also attends on integers where that is
-faster (see _onnx_attention.py); "linears" is "integer" without that.
+faster (see _onnx_attention.py); "linears" is "integer" without that. "unrounded" is "portable" whose activations stay
+float where the program fixes their scales: for engines that would take them for a licence to saturate.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from vlac.ops import DTYPES, OPS, Type
 from vlac.targets._onnx_attention import emit_integer_attention, integer_attention
 from vlac.targets._onnx_extents import emit_dim, is_static
 from vlac.targets._onnx_graph import MICROSOFT, Graph, Weight, onnx_type
+from vlac.targets._onnx_parts import emit_part, parted
 from vlac.targets._onnx_ranges import Range
 
 MASKED = -1e30
@@ -52,7 +54,7 @@ class StageEmitter:
         graph: where nodes go.
         program: what symbols it has left become free dimensions of the graph.
         ranges: of the stage's integer values (vlac.targets._onnx_ranges).
-        form: "portable", "integer" or "linears", see above.
+        form: "portable", "integer", "linears" or "unrounded", see above.
         given: names in the graph of the stage's inputs; prefix: before every name this emitter makes.
     """
 
@@ -81,7 +83,7 @@ class StageEmitter:
     def emit(self) -> dict[str, str]:
         """All nodes; returns the name in the graph of every output of the stage."""
         for node in self.stage.nodes:
-            if not self._fold(node) and not self._absorbed(node):
+            if not self._fold(node) and not self._absorbed(node) and parted(self, node.name) is None:
                 if node.op not in EMITTERS:
                     raise Unsupported(
                         f"stage {self.stage.name}: {node.name} = {node.op} has no ONNX form", remedy="use a gguf target"
@@ -105,6 +107,14 @@ class StageEmitter:
         self.constants[node.name] = np.asarray(op.reference([self.constants[i] for i in node.inputs], node.attr))
         return True
 
+    def producer(self, operand: str) -> Node | None:
+        """The node of this stage that made an operand."""
+        return self._nodes.get(operand)
+
+    def columns(self, w: Weight) -> str:
+        """The codes of a weight as [K, N]."""
+        return _columns(self, w.values, w.layout == "columns")
+
     def fixed(self, operand: str) -> Node | None:
         """The node that rounds this operand with a scale that is known, if it is one."""
         node = self._nodes.get(operand)
@@ -119,8 +129,12 @@ class StageEmitter:
         """A rounding whose readers all read its codes."""
         if self.fixed(node.name) is None or node.name in self.stage.outputs:
             return False
-        readers = [n for n in self.stage.nodes if node.name in n.inputs]
-        return all(self.integer(n) and n.inputs[0] == node.name for n in readers)
+        return all(self._reads_codes(n, node.name) for n in self.stage.nodes if node.name in n.inputs)
+
+    def _reads_codes(self, reader: Node, operand: str) -> bool:
+        if self.form == "integer" and integer_attention(reader, self.types):
+            return operand not in reader.inputs[2:]
+        return self.integer(reader) and reader.inputs[0] == operand
 
     # names and shapes
 
@@ -286,7 +300,10 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
 
 @_emits("slice")
 def _(e: StageEmitter, n: Node, out: str) -> None:
-    a = n.attr
+    a, whole = n.attr, parted(e, n.inputs[0])
+    if whole is not None:
+        emit_part(e, whole, n, out)
+        return
     e.node("Slice", [e(n.inputs[0]), e.extent(a["start"]), e.extent(a["stop"]), e.i64(a["axis"])], out)
 
 
@@ -447,8 +464,7 @@ def _columns(e: StageEmitter, values: str, already: bool) -> str:
 def _dequantized(e: StageEmitter, w: Weight) -> str:
     """No zero point: OpenVINO reads Convert + Multiply and keeps the integers; ORT fuses int4 to MatMulNBits."""
     attrs = {"axis": 1} if w.format == "int8" else {"axis": 0, "block_size": FORMATS[w.format].block}
-    q = _columns(e, w.values, w.layout == "columns")
-    return e.node("DequantizeLinear", [q, w.scale], e.tmp(w.values, "f32"), **attrs)
+    return e.node("DequantizeLinear", [e.columns(w), w.scale], e.tmp(w.values, "f32"), **attrs)
 
 
 def _linear_integer(e: StageEmitter, x: str, w: Weight, out: str) -> None:
@@ -475,9 +491,16 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     """A fixed scale as QuantizeLinear and DequantizeLinear, which engines fuse; others with Round."""
     x = e(n.inputs[0])
     rows, width = e.shape(n.inputs[0])
+    if n.attr["form"] == "tensor" and e.form == "unrounded":
+        e.node("Identity", [x], out)
+        return
     if n.attr["form"] == "tensor":
         scale, zero = e.f32(n.attr["largest"] / 127), e.graph.const(0, np.int8)
         cut = e.node("Clip", [x, e.f32(-n.attr["largest"]), e.f32(n.attr["largest"])], e.tmp(out, "cut"))
+        if e.form in ("integer", "linears"):  # ONNX Runtime moves the pair through reshapes and gets its types wrong
+            codes = e.node("Round", [e.node("Div", [cut, scale], e.tmp(out, "ratio"))], e.tmp(out, "codes"))
+            e.node("Mul", [codes, scale], out)
+            return
         codes = e.node("QuantizeLinear", [cut, scale, zero], e.tmp(out, "codes"))
         e.node("DequantizeLinear", [codes, scale, zero], out)
         return

@@ -3,7 +3,7 @@
 {stage}.onnx holds the graph, {stage}.onnx.data the weights, aligned for mapping. What the number of prompt tokens, of
 cameras or of actions decides is a free dimension of the graph: padding is not computed. int8 has more graphs per
 stage over the same data file, {stage}.portable.onnx, and {stage}.linears.onnx where there is long attention (see
-_onnx_ops.py). manifest["onnx"] tells which graph is which.
+_onnx_ops.py), {stage}.unrounded.onnx where activations have fixed scales. manifest["onnx"] tells which graph is which.
 `--single-file` writes one model.onnx that makes the whole chunk (see _onnx_single.py).
 """
 
@@ -71,7 +71,7 @@ def emit(
     """Writes the folder, with the forms `kinds` (default: all that differ); peak memory is a few copies of the largest
     tensor."""
     store = TensorStore(folder, program, progress)
-    bounds, kinds = ranges(program.bind(program.max_symbols())), kinds or forms(program)
+    bounds, kinds = ranges(program.bind(program.max_symbols())), (*(kinds or forms(program)), *_unrounded(program))
     if options.get("single_file"):
         from vlac.targets._onnx_single import write_single
 
@@ -92,6 +92,12 @@ def forms(program: Program) -> tuple[str, ...]:
         return ("portable",)
     long = any(_long_attention(program, s) for s in program.stages)
     return ("integer", "linears", "portable") if long else ("integer", "portable")
+
+
+def _unrounded(program: Program) -> tuple[str, ...]:
+    """The form for CPUs on which OpenVINO's products of codes saturate, where scales are fixed."""
+    fixed = any(n.op == "round_int8" and n.attr["form"] == "tensor" for s in program.stages for n in s.nodes)
+    return ("unrounded",) if fixed else ()
 
 
 def _long_attention(program: Program, stage: Stage) -> bool:

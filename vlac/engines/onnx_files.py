@@ -14,15 +14,21 @@ SINGLE = "model"
 """Name of the one graph of a `--single-file` artifact in manifest["onnx"]."""
 
 
-FALLBACK = {"integer": ("portable",), "linears": ("integer", "portable"), "portable": ()}
+FALLBACK = {
+    "integer": ("portable",),
+    "linears": ("integer", "portable"),
+    "unrounded": ("portable",),
+    "portable": (),
+}
 """form -> forms to take where a stage does not have it."""
 
 
 def graph_files(artifact: Artifact, engine: str, form: str) -> dict[str, Path]:
     """Stage name -> graph file. Graph files are small: their hashes are checked; of data files the size.
 
-    `form` is "portable"; "linears": activations of int8 linears are quantised in the graph; or "integer": long
-    attention is on integers, too. Where a stage has no such form, `FALLBACK` tells what is taken.
+    `form` is "portable"; "unrounded": the same, of which no activation is rounded on a fixed scale; "linears":
+    activations of int8 linears are quantised in the graph; or "integer": long attention is on integers, too. Where a
+    stage has no such form, `FALLBACK` tells what is taken.
     Raises EngineError for an artifact without ONNX graphs, ArtifactError for a file that is missing or changed.
     """
     table = artifact.manifest.get("onnx")

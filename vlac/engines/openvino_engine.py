@@ -17,6 +17,7 @@ import numpy as np
 from vlac.artifact import Artifact
 from vlac.engines.base import Engine, EngineSession, NpArray, Values
 from vlac.engines.onnx_files import SINGLE, default_threads, graph_files, integer_formats
+from vlac.engines.onnxruntime_engine import int8_kernels
 from vlac.engines.prepared import Prepared
 from vlac.errors import EngineError
 from vlac.formats import FORMATS
@@ -43,11 +44,13 @@ class OpenVinoSession(EngineSession):
 
     def __init__(self, artifact: Artifact, threads: int | None, options: Mapping[str, Any]) -> None:
         openvino = _without_telemetry()
-        files = graph_files(artifact, self.engine, "portable")
+        device = str(options.get("device", "CPU"))
+        # where products of codes saturate, activations that the program rounds on fixed scales stay float
+        exact = device != "CPU" or int8_kernels() == "integer"
+        files = graph_files(artifact, self.engine, "portable" if exact else "unrounded")
         self._core = openvino.Core()
         self._path = artifact.path
         self._single = self.one_graph = bool(artifact.manifest.get("single_file"))
-        device = str(options.get("device", "CPU"))
         if device.split(".")[0] not in {d.split(".")[0] for d in self._core.available_devices}:
             raise EngineError(f"openvino has no device {device!r}; there are: {self._core.available_devices}")
         precisions = self._precisions(artifact, list(files), device, options.get("precision"))

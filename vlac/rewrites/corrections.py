@@ -16,6 +16,8 @@ from vlac.weights import LazyTensor
 ROUNDINGS = ("int8-token", "int8-block32", "int8-tensor")
 """Of activations: a scale per row, per 32 values of a row, or one fixed for all."""
 
+OPERANDS = ("queries", "keys")
+
 
 def add_biases(program: Program, biases: Mapping[str, LazyTensor]) -> Program:
     """Linears with these weights (name -> bias [n]) get a bias that the family did not draw. On the drawn program."""
@@ -43,15 +45,18 @@ def bias_name(weight: str) -> str:
 def round_inputs(program: Program, plan: Sequence[tuple[str, str, float]]) -> Program:
     """Linears of role "linear" whose weight a pattern of `plan` matches read a rounded input.
 
-    plan: (pattern, one of ROUNDINGS or "none", largest magnitude for int8-tensor), last match wins. Runs after
-    rotations: what is rounded is what is read.
+    plan: (pattern, one of ROUNDINGS or "none", largest magnitude for int8-tensor), last match wins. A pattern may be
+    the name of an operand of attention (`attention_operands`), to the letter. Runs after rotations: what is rounded is
+    what is read.
     """
     if not plan:
         return program
     kinds = roles(program)
+    operands = {name for s in program.stages for n in s.nodes for name in attention_operands(s.name, n)}
     chosen: dict[str, tuple[str, float]] = {}
     for pattern, how, largest in plan:
         hits = [n for n, kind in kinds.items() if kind == "linear" and fnmatchcase(n, pattern)]
+        hits = [pattern] if pattern in operands else hits
         if not hits:
             raise Unsupported(f"activation pattern {pattern!r} matches no linear of the lowered program")
         chosen.update(dict.fromkeys(hits, (how, largest)))
@@ -60,6 +65,21 @@ def round_inputs(program: Program, plan: Sequence[tuple[str, str, float]]) -> Pr
     for stage in draft.stages:
         _round_stage(stage, chosen)
     return draft.build()
+
+
+def attention_operands(stage: str, n: Node) -> dict[str, str]:
+    """Name -> value of the queries and keys that may be rounded on fixed scales; empty for other nodes.
+
+    Of attention in which every query sees every key with a key head of its own: there products of integers are fused.
+    """
+    if n.op != "attention" or len(n.inputs) != 3 or n.attr["heads"] != n.attr["kv_heads"]:
+        return {}
+    return {f"{stage}/{n.name}/{part}": n.inputs[i] for i, part in enumerate(OPERANDS)}
+
+
+def is_operand(name: str) -> bool:
+    """Whether a name of `round_inputs` is an operand of attention, and not a weight."""
+    return name.count("/") >= 2 and name.endswith(tuple(f"/{part}" for part in OPERANDS))
 
 
 def without_rounding(program: Program, formats: Sequence[str]) -> Program:
@@ -93,15 +113,22 @@ def with_importance(program: Program, importance: Mapping[str, NpArray]) -> Prog
 def _round_stage(stage: StageDraft, chosen: Mapping[str, tuple[str, float]]) -> None:
     made: dict[tuple[str, str, float], str] = {}
     result: list[Node] = []
+
+    def rounded(value: str, how: str, largest: float) -> str:
+        key = (value, how, largest)
+        if key not in made:
+            made[key] = stage.fresh(f"{value.lstrip('@')}.int8", [x.name for x in result])
+            form = how.removeprefix("int8-")
+            result.append(node(made[key], "round_int8", value, form=form, largest=float(largest)))
+        return made[key]
+
     for n in stage.nodes:
         weight = n.inputs[1][1:] if n.op == "linear" else ""
         if weight in chosen:
-            how, largest = chosen[weight]
-            key = (n.inputs[0], how, largest)
-            if key not in made:
-                made[key] = stage.fresh(f"{n.inputs[0].lstrip('@')}.int8", [x.name for x in result])
-                form = how.removeprefix("int8-")
-                result.append(node(made[key], "round_int8", n.inputs[0], form=form, largest=float(largest)))
-            n = Node(n.name, n.op, (made[key], *n.inputs[1:]), n.attrs)
+            n = Node(n.name, n.op, (rounded(n.inputs[0], *chosen[weight]), *n.inputs[1:]), n.attrs)
+        for name, value in attention_operands(stage.name, n).items():
+            if name in chosen:
+                inputs = [rounded(value, *chosen[name]) if i == value else i for i in n.inputs]
+                n = Node(n.name, n.op, tuple(inputs), n.attrs)
         result.append(n)
     stage.nodes = result
