@@ -24,6 +24,7 @@ from vlac.layouts import (
     INT4_BLOCK,
     bf16_from_f32,
     pack_int4,
+    quantize_fp8_rows,
     quantize_int4_blocks,
     quantize_int8_rows,
 )
@@ -82,10 +83,14 @@ class TensorStore:
             self._progress("writing weights", len(self._stored), len(self._program.params))
             param = self._program.params[name]
             layout = self._layouts.get(name, "rows")
-            arrays = encode(self._program.weights[name], param.format, layout, name)
+            arrays = self.encoded(name, layout)
             parts = {k: self._append(file, a) for k, a in arrays.items()}
             self._stored[name] = Stored(param.shape, param.format, layout, parts)
         return self._stored[name]
+
+    def encoded(self, name: str, layout: str) -> dict[str, NpArray]:
+        """The parts of a parameter; stores of engines that want them otherwise differ here."""
+        return encode(self._program.weights[name], self._program.params[name].format, layout, name)
 
     def constant(self, array: NpArray, file: str) -> Part:
         """An array that is no parameter (tables, masks), stored once per file."""
@@ -139,6 +144,10 @@ def encode(tensor: LazyTensor, format: str, layout: str, name: str) -> dict[str,
         parts = [quantize_int8_rows(r) for r in tensor.rows()]
         q, scale = (_gathered(p[i] for p in parts) for i in range(2))
         return {"q": np.ascontiguousarray(q.T) if layout == "columns" else q, "scale": scale}
+    if len(tensor.shape) == 2 and format == "fp8":
+        pairs = [quantize_fp8_rows(r) for r in tensor.rows()]
+        codes, scale = (_gathered(p[i] for p in pairs) for i in range(2))
+        return {"q": np.ascontiguousarray(codes.T) if layout == "columns" else codes, "scale": scale}
     block = FORMATS[format].block
     if len(tensor.shape) == 2 and format in INT4 and layout == "columns" and tensor.shape[1] % block == 0:
         parts = [quantize_int4_blocks(r, block) for r in tensor.rows()]

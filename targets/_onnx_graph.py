@@ -19,8 +19,10 @@ from vlac.layouts import INT4
 from vlac.ops import Type
 from vlac.targets._folder import Part, Stored, TensorStore
 
-OPSET, IR_VERSION = 23, 11
+OPSET = 23
 """Opset 23 brings RMSNormalization and RotaryEmbedding (ONNX Runtime 1.23, OpenVINO 2025.4 and later)."""
+IR_VERSIONS = {20: 9, 21: 10, 23: 11}
+"""Opset -> the version of the file format that came with it."""
 MICROSOFT = "com.microsoft"
 INLINE_BYTES = 1024
 
@@ -66,9 +68,10 @@ class Weight:
 class Graph:
     """Nodes and initialisers of a graph. `body()` starts a subgraph (of a Loop) that sees this graph's values."""
 
-    def __init__(self, store: TensorStore, data_file: str, outer: Graph | None = None) -> None:
+    def __init__(self, store: TensorStore, data_file: str, outer: Graph | None = None, opset: int = OPSET) -> None:
         self.store = store
         self.data_file = data_file
+        self.opset: int = opset if outer is None else outer.opset
         self.nodes: list[Any] = []
         self._outer = outer
         self._initializers: dict[str, Any] = {}
@@ -112,6 +115,18 @@ class Graph:
                 self._add_external(name, self.store.constant(array, self.data_file))
         return self._constants[key]
 
+    def float8_zero(self) -> str:
+        """The constant 0 of type FLOAT8E4M3FN, which numpy does not have."""
+        if self._outer is not None:
+            return self._outer.float8_zero()
+        if "float8" not in self._constants:
+            from onnx import TensorProto
+
+            name = self._constants["float8"] = self.unique(f"#{len(self._constants)}")
+            kind = onnx_type("FLOAT8E4M3FN")
+            self._initializers[name] = TensorProto(name=name, data_type=kind, dims=[], raw_data=b"\0")
+        return self._constants["float8"]
+
     def param(self, name: str) -> Weight:
         """A parameter as initialisers of this graph; written to the data file when first asked for."""
         if name not in self._weights:
@@ -129,6 +144,8 @@ class Graph:
         kind, dims = _ONNX_OF_DTYPE[part.dtype], part.shape
         if stored is not None and stored.format in INT4 and kind == "UINT8":
             kind, dims = "INT4", stored.shape[::-1]
+        if stored is not None and stored.format == "fp8" and kind == "UINT8":
+            kind = "FLOAT8E4M3FN"
         tensor = TensorProto(name=name, data_type=onnx_type(kind), dims=dims, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", part.file), ("offset", part.offset), ("length", part.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
@@ -151,12 +168,12 @@ class Graph:
 
         import vlac
 
-        domains = [helper.make_opsetid(d, OPSET if d == "" else 1) for d in sorted(self._domains)]
+        domains = [helper.make_opsetid(d, self.opset if d == "" else 1) for d in sorted(self._domains)]
         initializers = list(self._initializers.values())
         model = helper.make_model(
             helper.make_graph(self.nodes, name, _infos(inputs), _infos(outputs), initializers),
             opset_imports=domains,
-            ir_version=IR_VERSION,
+            ir_version=IR_VERSIONS[self.opset],
             producer_name="vlac",
             producer_version=vlac.__version__,
         )

@@ -18,6 +18,7 @@ import numpy as np
 from vlac.artifact import NpArray
 from vlac.dims import Affine, Dim
 from vlac.errors import Unsupported
+from vlac.float8 import LARGEST
 from vlac.formats import FORMATS
 from vlac.graph import Node, Program, Stage, infer_stage
 from vlac.layouts import INT4
@@ -58,6 +59,8 @@ class StageEmitter:
         given: names in the graph of the stage's inputs; prefix: before every name this emitter makes.
     """
 
+    emitters: Mapping[str, Emit] = EMITTERS
+
     def __init__(
         self,
         graph: Graph,
@@ -84,18 +87,22 @@ class StageEmitter:
         """All nodes; returns the name in the graph of every output of the stage."""
         for node in self.stage.nodes:
             if not self._fold(node) and not self._absorbed(node) and parted(self, node.name) is None:
-                if node.op not in EMITTERS:
+                if node.op not in self.emitters:
                     raise Unsupported(
                         f"stage {self.stage.name}: {node.name} = {node.op} has no ONNX form", remedy="use a gguf target"
                     )
-                out = self.graph.unique(self._prefix + node.name)
-                EMITTERS[node.op](self, node, out)
-                self._names[node.name] = out
+                self.write(node)
         for name in self.stage.outputs:
             if name in self.constants:
                 out = self.graph.unique(self._prefix + name)
                 self._names[name] = self.graph.node("Identity", [self.graph.const(self.constants[name])], out)
         return {name: self._names[name] for name in self.stage.outputs}
+
+    def write(self, node: Node) -> None:
+        """One node, under its own name."""
+        out = self.graph.unique(self._prefix + node.name)
+        self.emitters[node.op](self, node, out)
+        self._names[node.name] = out
 
     def _fold(self, node: Node) -> bool:
         """Index arithmetic that depends on nothing is evaluated here."""
@@ -521,6 +528,14 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     joined = e.reshape(whole, e.tmp(out, "joined") if pad else out, rows if rows > 0 else -1, width + pad)
     if pad:
         e.node("Slice", [joined, e.i64(0), e.i64(width), e.i64(1)], out)
+
+
+@_emits("round_fp8")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    """The type of the zero point says what is quantised to."""
+    scale, zero = e.f32(n.attr["largest"] / LARGEST), e.graph.float8_zero()
+    codes = e.node("QuantizeLinear", [e(n.inputs[0]), scale, zero], e.tmp(out, "codes"))
+    e.node("DequantizeLinear", [codes, scale, zero], out)
 
 
 def _quantize_rows(e: StageEmitter, x: str) -> tuple[str, str]:

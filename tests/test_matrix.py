@@ -40,6 +40,12 @@ BOUNDS = {
     "onnx-int4": 0.8,
     "openvino-bf16": 0.02,
     "openvino-int8": 0.08,
+    "tensorrt": 1e-5,
+    "tensorrt-fp16": 5e-3,
+    "tensorrt-bf16": 0.05,
+    "tensorrt-int8": 0.2,
+    "tensorrt-fp8": 0.4,
+    "tensorrt-int4": 0.8,
 }
 """Target -> relative L2 of the action (robot units), or of the first turn (`first_turn`) where tokens are picked."""
 
@@ -74,6 +80,8 @@ def distance(found: NpArray, told: NpArray) -> float:
 def runs() -> list[tuple[str, str]]:
     """(target, engine): torch only for float32, of which it is the reference; it decodes all other formats alike."""
     pairs = [(t.name, e) for t in targets.all() for e in t.engines]
+    # where there is no GPU, what TensorRT is given runs in ONNX Runtime; which knows no bfloat16 on CPUs
+    pairs += [(t, "onnxruntime") for t, e in pairs if e == "tensorrt" and t != "tensorrt-bf16"]
     return [(t, e) for t, e in pairs if e != "torch" or t == "gguf-f32"]
 
 

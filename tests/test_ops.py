@@ -186,6 +186,7 @@ CASES: tuple[Case, ...] = (
         for f in ("token", "block32", "tensor")
         for w in (64, 40, 3)
     ),
+    *(case("round_fp8", normal(5, w, scale=s), largest=2.5) for w, s in ((64, 1.0), (40, 0.01), (3, 9.0))),
     *(case("gelu", normal(7, 24, scale=4), approximate=kind) for kind in ("tanh", "none", "quick")),
     attention_case(4, 4, 1, 1, 4, 4),
     attention_case(5, 9, 3, 3, 8, 8),
@@ -301,7 +302,8 @@ ENGINES = ("torch", *TARGET)
 
 
 def test_every_engine_is_walked_and_every_op_has_a_case() -> None:
-    assert {*ENGINES, "numpy"} == set(NAMES)
+    # tensorrt needs a GPU; tests/test_tensorrt.py walks its graphs
+    assert {*ENGINES, "numpy", "tensorrt"} == set(NAMES)
     assert {c.op for c in CASES} == set(OPS)
     for engine in ENGINES:
         assert set(declines(engine)) <= set(OPS), f"{engine} declines an op that does not exist"

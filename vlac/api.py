@@ -193,6 +193,7 @@ def compile(
     rename: Mapping[str, str] | None = None,
     allow_promote: bool = False,
     single_file: bool = False,
+    trt: str | None = None,
     dialect: str | None = None,
     dry_run: bool = False,
     goldens: int = 2,
@@ -216,6 +217,7 @@ def compile(
         calibrate: the same, for passes that calibrate and name no data of their own; default likewise.
         rename: names of cameras there -> names of the policy's cameras.
         allow_promote: accept tensors that end in another format than the target asked for.
+        trt: "10.3" or "10.16": operators of the tensorrt targets.
         dialect: "qvac", "vla.cpp": a file that this other engine loads.
         goldens: how many observations are answered by the fp32 reference and stored.
 
@@ -234,6 +236,10 @@ def compile(
     options: dict[str, Any] = {"single_file": True} if single_file else {}
     if single_file and "single_file" not in entry.options:
         raise VlacError(f"target {target} has no --single-file", remedy="it belongs to the onnx targets")
+    if trt is not None:
+        if "trt" not in entry.options:
+            raise VlacError(f"target {target} has no --trt", remedy="it belongs to the tensorrt targets")
+        options["trt"] = trt
     from vlac.recipes import read_recipe
 
     steps = (*(read_recipe(recipe) if recipe is not None else ()), *passes)
@@ -273,11 +279,17 @@ def compile(
         kind, given = "recorded", original.recorded.take(policy.io, max(RECORDED_GOLDENS, goldens))
     else:
         kind, given = "synthetic", synthetic(policy.io, max(1, goldens))
+    observed: Mapping[str, Any] = {}
+    if entry.observe is not None:
+        progress("calibrating", 0, 0)
+        program, observed = entry.observe(policy, program)
     with partial(destination, table["bytes"] + (64 << 20)) as temp:
         answered, floor = answer(original, given, progress)
         manifest = m.build(policy, entry, table, role, options, floor, kind, title)
         if given_data is not None:
             manifest["calibration"] = given_data.describe()
+        if observed:
+            manifest["activations"] = dict(observed)
         if not dialect:
             manifest = {**manifest, "lowering": removals(draw(policy))}
         sidecars = Sidecars(str(program), policy.io.to_json(), manifest, policy.tokenizer, write_goldens(answered))

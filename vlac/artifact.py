@@ -99,6 +99,11 @@ class Artifact:
         """Engines that can run it, best first; numpy always can."""
         return tuple(self.manifest.get("engines", ()))
 
+    @property
+    def host_engines(self) -> tuple[str, ...]:
+        """Engines beside those that run its graphs, too, to check them on another machine: only when asked for."""
+        return tuple(str(e) for e in self.manifest.get("host_engines", ()))
+
     def goldens(self) -> tuple[Golden, ...]:
         data = self.golden_bytes()
         return read_goldens(data, str(self.path)) if data else ()

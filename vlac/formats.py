@@ -2,7 +2,8 @@
 
 Block formats are ggml's (a row is cut into blocks of `block` values, each `block_bytes` long). "int8" and "int4" are
 the ONNX forms: symmetric, int8 with one float32 scale per output row, int4 with one per 32 inputs of a row (int4g16,
-int4g64, int4g128: per 16, 64, 128); how a folder artifact lays out their parts is in vlac/layouts.py.
+int4g64, int4g128: per 16, 64, 128); "fp8" is E4M3 with one scale per output row (vlac/float8.py). How a folder artifact
+lays out their parts is in vlac/layouts.py.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ FORMATS: dict[str, Format] = {
         Format("q5_k", 256, 176, 13),
         Format("q4_k", 256, 144, 12),
         Format("int8", 1, 1, None),
+        Format("fp8", 1, 1, None),
         Format("int4", 32, 18, None),
         Format("int4g16", 16, 10, None),
         Format("int4g64", 64, 34, None),

@@ -5,7 +5,8 @@
 
 Layouts: "rows" keeps a parameter [N, K] as the program has it; "columns" stores it transposed, [K, N], as MatMul wants.
 Formats: f32, f16 and bf16 (as uint16) have one part "values"; int8 has "q" int8 and "scale" f32 [N], one per output
-row; int4 (columns only) has "q" uint8, two values a byte, and "scale" f32 [K/32, N] (int4g64: [K/64, N], ...).
+row; fp8 the same with E4M3 codes as uint8; int4 (columns only) has "q" uint8, two values a byte, and "scale" f32
+[K/32, N] (int4g64: [K/64, N], ...). Scales may be f16 where an engine computes with these weights in float16.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from vlac.errors import ArtifactError
+from vlac.float8 import LARGEST as FP8_LARGEST
+from vlac.float8 import decode_e4m3, encode_e4m3
 from vlac.formats import FORMATS, int4_codes, int8_codes
 from vlac.weights import Array
 
@@ -49,6 +52,26 @@ def quantize_int8_rows(w: Array) -> tuple[Int8, Array]:
     scale = _nonzero(_row_absmax(w) / np.float32(127))
     q = np.rint(w / scale[:, None])
     return np.clip(q, -127, 127, out=q).astype(np.int8), scale
+
+
+def quantize_fp8_rows(w: Array) -> tuple[UInt8, Array]:
+    """E4M3, one scale per row: w [N, K] -> codes uint8 [N, K], scale f32 [N] = max|row| / 448; 1 for a row of zeros."""
+    scale = _nonzero(_row_absmax(w) / np.float32(FP8_LARGEST))
+    return encode_e4m3(w / scale[:, None].astype(np.float64)), scale
+
+
+def half_scales(w: Array, format: str, layout: str, parts: Mapping[str, NpArray]) -> dict[str, NpArray]:
+    """Parts of an int8 or int4 weight w [N, K] for an engine that keeps scales in float16: every scale is rounded (none
+    to 0), and codes become the nearest under it."""
+    block = w.shape[1] if format == "int8" else FORMATS[format].block
+    half = np.maximum(parts["scale"].astype(np.float16), np.float16(2.0**-24))
+    rows = half[:, None] if format == "int8" else half.T
+    lowest, highest = (-127, 127) if format == "int8" else (-8, 7)
+    wide = rows.astype(np.float32).repeat(block, axis=1)
+    q = np.clip(np.rint(w / wide), lowest, highest).astype(np.int8)
+    if format != "int8":
+        return {"q": pack_int4(q.T), "scale": half}
+    return {"q": np.ascontiguousarray(q.T) if layout == "columns" else q, "scale": half}
 
 
 def quantize_int4_blocks(w: Array, block: int = INT4_BLOCK) -> tuple[Int8, Array]:
@@ -152,21 +175,33 @@ def decode_parts(format: str, layout: str, shape: tuple[int, ...], parts: Mappin
         floats = f32_from_bf16(values) if format == "bf16" else values.astype(np.float32)
         return floats if layout == "rows" else np.ascontiguousarray(floats.T)
     if format == "int8" and len(shape) == 2:
-        scale = _part(parts, "scale", "<f4", shape[:1], where)
+        scale = _scale(parts, shape[:1], where)
         if layout == "rows":
             rows = _part(parts, "q", "|i1", shape, where).astype(np.float32)
         else:
             rows = np.ascontiguousarray(_part(parts, "q", "|i1", shape[::-1], where).T).astype(np.float32)
         rows *= scale[:, None]
         return rows
+    if format == "fp8" and len(shape) == 2:
+        scale = _scale(parts, shape[:1], where)
+        codes = _part(parts, "q", "|u1", shape if layout == "rows" else shape[::-1], where)
+        rows = np.ascontiguousarray(decode_e4m3(codes if layout == "rows" else codes.T))
+        rows *= scale[:, None]
+        return rows
     if format in INT4 and layout == "columns" and shape[1] % FORMATS[format].block == 0:
         n, k = shape
         q = unpack_int4(_part(parts, "q", "|u1", ((n * k + 1) // 2,), where), (k, n)).astype(np.float32)
         block = FORMATS[format].block
-        scale = _part(parts, "scale", "<f4", (k // block, n), where)
+        scale = _scale(parts, (k // block, n), where)
         values = q.reshape(k // block, block, n) * scale[:, None, :]
         return np.ascontiguousarray(values.reshape(k, n).T)
     raise ArtifactError(f"{where}: no layout {layout!r} of format {format!r} for shape {list(shape)}")
+
+
+def _scale(parts: Mapping[str, NpArray], shape: tuple[int, ...], where: str) -> Array:
+    """Scales as float32, stored so or as float16."""
+    half = "scale" in parts and parts["scale"].dtype == np.dtype("<f2")
+    return np.asarray(_part(parts, "scale", "<f2" if half else "<f4", shape, where), dtype=np.float32)
 
 
 def _part(parts: Mapping[str, NpArray], name: str, dtype: str, shape: tuple[int, ...], where: str) -> NpArray:

@@ -15,7 +15,7 @@ from typing import Any, Union
 
 import numpy as np
 
-from vlac import kv_codes
+from vlac import float8, kv_codes
 from vlac.dims import Affine, Dim, product
 from vlac.errors import ProgramError
 
@@ -341,6 +341,11 @@ def _round8(t: Sequence[Type], a: Attrs) -> Type:
     return x
 
 
+def _round_fp8(t: Sequence[Type], a: Attrs) -> Type:
+    _need(0 < a["largest"] < math.inf, f"round_fp8: largest {a['largest']}")
+    return _float_same(t, a)
+
+
 # --- index and mask arithmetic ---------------------------------------------------------------------------------
 
 
@@ -570,6 +575,13 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
     parts = np.pad(v, ((0, 0), (0, -width % block))).reshape(rows, -1, block)
     s = np.maximum(np.abs(parts).max(axis=2, keepdims=True), 1e-30) / 127
     return _f32((np.rint(parts / s) * s).reshape(rows, -1)[:, :width])
+
+
+@_op("round_fp8", "x", _round_fp8, largest="float")
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """x on a grid of float8 E4M3: s * e4m3(x / s), s = largest/448; nearest, ties to even, cut at `largest`."""
+    s = np.float64(a["largest"]) / float8.LARGEST
+    return _f32(float8.round_e4m3(_f64(x[0]) / s) * s)
 
 
 @_op("tanh", "x", _float_same)

@@ -48,7 +48,7 @@ CALLS = 3
 NUMPY_LIMIT = 20_000_000
 """Parameters above which the numpy engine is too slow to serve as the reference of question 1."""
 
-FORMATS = ("f32", "f16", "bf16", "int8", "q8_0", "q6_k", "q5_k", "q5_0", "q4_1", "q4_k", "iq4_nl", "q4_0", *INT4)
+FORMATS = ("f32", "f16", "bf16", "int8", "q8_0", "fp8", "q6_k", "q5_k", "q5_0", "q4_1", "q4_k", "iq4_nl", "q4_0", *INT4)
 """Formats from the finest to the coarsest; the coarsest that holds at least 1 % of the values names an artifact."""
 
 COMPILER_LIMITS: Mapping[str, str] = {
@@ -57,6 +57,7 @@ COMPILER_LIMITS: Mapping[str, str] = {
     "bf16": "compiler.rel_l2<=2e-2",
     "int8": "compiler.rel_l2<=6e-2",
     "q8_0": "compiler.rel_l2<=6e-2",
+    "fp8": "compiler.rel_l2<=2e-1",
     "q6_k": "compiler.rel_l2<=6e-2",
     "q5_k": "compiler.rel_l2<=6e-2",
     "q5_0": "compiler.rel_l2<=6e-2",
@@ -76,6 +77,7 @@ COST_LIMITS: Mapping[str, tuple[str, ...]] = {
     "bf16": ("cos>=0.999", "max<=5e-2"),
     "int8": ("cos>=0.995",),
     "q8_0": ("cos>=0.995",),
+    "fp8": ("cos>=0.95",),
     "q6_k": ("cos>=0.98",),
     "q5_k": ("cos>=0.95",),
     "q5_0": ("cos>=0.95",),
@@ -173,6 +175,8 @@ def grade_of(program: Program, products: str | None = None) -> str:
     kept = [f for f in counts if f in FORMATS and counts[f] * 100 >= total]
     if any(n.op in ("pack_codes", "round_int8") for s in program.stages for n in s.nodes):
         kept.append("int8")  # rounding in the middle of the network: one code more or less is no error
+    if any(n.op == "round_fp8" for s in program.stages for n in s.nodes):
+        kept.append("fp8")  # likewise, and a code is up to an eighth of its value
     if products in FORMATS:
         kept.append(str(products))
     return max(kept, key=FORMATS.index, default="f32")

@@ -142,6 +142,7 @@ class Target:
         passes: what is applied after all passes asked for, where it applies and changes something ("smooth-norms").
         dialects: name -> how files for another engine are written, for --dialect.
         containers: grid that a pass asks for by bits and group ("w4g32", vlac.formats.GRIDS) -> format that holds it.
+        observe: (policy, lowered program) -> the program with what had to be measured, figures for the manifest.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Target:
     passes: tuple[str, ...] = ()
     dialects: Mapping[str, Dialect] = field(default_factory=dict)
     containers: Mapping[str, str] = field(default_factory=dict)
+    observe: Callable[[Policy, Program], tuple[Program, Mapping[str, Any]]] | None = None
 
 
 E = TypeVar("E", Family, Reader, Pass, Target)

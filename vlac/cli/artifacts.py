@@ -117,6 +117,10 @@ def compile_command(
         bool, typer.Option("--allow-promote", help="Accept tensors that end in another format than asked for.")
     ] = False,
     single_file: Annotated[bool, typer.Option("--single-file", help="One ONNX file with a Loop.")] = False,
+    trt: Annotated[
+        str | None,
+        typer.Option("--trt", metavar="10.3|10.16", help="Operators of the tensorrt targets; default: 10.3."),
+    ] = None,
     dialect: DialectOf = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the census; write nothing.")
@@ -149,6 +153,7 @@ def compile_command(
             rename=key_values(rename, "--rename"),
             allow_promote=allow_promote,
             single_file=single_file,
+            trt=trt,
             dialect=dialect,
             dry_run=dry_run,
             progress=show,
@@ -288,6 +293,27 @@ def prepare_command(
     with progress.progress(json_output or quiet) as show:
         report = prepare(path, engine, threads, progress=show)
     typer.echo(as_json(report) if json_output else text(report))
+
+
+@app.command("build")
+@guarded
+def build_command(
+    path: Annotated[str, typer.Argument(metavar="out/", help="An artifact of a tensorrt target.")],
+    force: Annotated[bool, typer.Option("--force", help="Build again what is there.")] = False,
+    workspace: Annotated[int, typer.Option(min=1, metavar="MB", help="Memory that TensorRT's builder may use.")] = 2048,
+    json_output: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build TensorRT plans on the machine that will run them.
+
+    Keeps them beside the artifact, named by GPU and TensorRT version; made again when either changes.
+    """
+    from vlac import plans, progress
+    from vlac.tables import as_json
+
+    with progress.progress(json_output or quiet) as show:
+        report = plans.build(path, force=force, workspace_mb=workspace, progress=show)
+    typer.echo(as_json(report) if json_output else plans.text(report))
 
 
 @app.command("bench")

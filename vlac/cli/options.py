@@ -26,7 +26,9 @@ F = TypeVar("F", bound=Callable[..., None])
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Engine = Annotated[str | None, typer.Option(help="onnxruntime, openvino, ggml, torch or numpy; default: the best.")]
+Engine = Annotated[
+    str | None, typer.Option(help="onnxruntime, openvino, ggml, tensorrt, torch or numpy; default: the best.")
+]
 Device = Annotated[
     str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Where the torch engine computes; default: cpu.")
 ]

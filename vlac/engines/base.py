@@ -101,6 +101,7 @@ NAMES = {
     "ggml": "vlac.engines.ggml_engine",
     "torch": "vlac.engines.torch_engine",
     "numpy": "vlac.engines.numpy_engine",
+    "tensorrt": "vlac.engines.tensorrt_engine",
 }
 
 

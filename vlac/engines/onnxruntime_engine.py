@@ -69,6 +69,9 @@ class OnnxRuntimeSession(EngineSession):
         packed = {k: bool(integer_formats(artifact)) or not _one_row(artifact.program, k) for k in files}
         as_x86 = options.get("kleidiai", True) is False and platform.machine().lower() in ("aarch64", "arm64")
         settings = {k: _settings(onnxruntime, count, widen, spinning, packed[k], as_x86) for k in files}
+        for setting in settings.values() if "tensorrt" in artifact.manifest else ():
+            # to check what TensorRT is given: fusing breaks on float8, and would round what meets 4-bit weights
+            setting.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         # MatMul + Add would become Gemm, which dequantised weights are not fused with: widened at every run; and
         # QuantizeLinear moved through a reshape gets another type than its zero point (1.31)
         disabled = ["MatMulAddFusion", "QDQPropagationTransformer"] if integer_formats(artifact) and not widen else []

@@ -25,6 +25,7 @@ from vlac.engines.torch_graphs import Graphs, on_cuda
 from vlac.engines.torch_plan import Plan, Step, TorchOp, with_frees
 from vlac.engines.torch_precision import NARROW, NarrowProducts, only_multiplied
 from vlac.errors import EngineError
+from vlac.float8 import LARGEST
 from vlac.graph import Node, Program, Repeat, stage_symbols
 
 Tensor = Any
@@ -155,6 +156,14 @@ def _round_int8(torch: Any, x: Tensor, form: str, largest: float) -> Tensor:
     return (torch.round(parts / s) * s).reshape(rows, -1)[:, :width].to(x.dtype)
 
 
+def _round_fp8(torch: Any, x: Tensor, largest: float) -> Tensor:
+    """In float64, as the reference; torch's own conversion would round to float32 first."""
+    s = largest / LARGEST
+    v = x.to(torch.float64) / s
+    step = torch.exp2(torch.clamp(torch.frexp(v).exponent - 1, -6, 8) - 3.0)
+    return (torch.clamp(torch.round(v / step) * step, -LARGEST, LARGEST) * s).to(x.dtype)
+
+
 def _float_ops(torch: Any) -> dict[str, TorchOp]:
     """Arithmetic."""
     fn = torch.nn.functional
@@ -178,6 +187,7 @@ def _float_ops(torch: Any) -> dict[str, TorchOp]:
         "gelu": lambda x, a: _gelu(torch, x[0], a["approximate"]),
         "softmax": lambda x, a: torch.softmax(x[0], dim=-1),
         "round_int8": lambda x, a: _round_int8(torch, x[0], a["form"], a["largest"]),
+        "round_fp8": lambda x, a: _round_fp8(torch, x[0], a["largest"]),
         "attention": lambda x, a: _attention(torch, x, a),
         "rope": lambda x, a: _rotate(torch, x[0], x[1]),
         "time_embedding": lambda x, a: _time_embedding(torch, x[0], a),

@@ -108,7 +108,7 @@ def choose_engine(artifact: Artifact, name: str | None) -> Engine:
     """The engine asked for, or the first of the artifact's own that is installed; EngineError tells what to install."""
     where = f"{artifact.path} ({artifact.manifest.get('target', 'unknown target')})"
     if name is not None:
-        able = tuple(dict.fromkeys((*artifact.engines, *ANY_ARTIFACT)))
+        able = tuple(dict.fromkeys((*artifact.engines, *artifact.host_engines, *ANY_ARTIFACT)))
         if name not in able:
             raise EngineError(f"{where} does not run on engine {name!r}", remedy=f"choose one of {', '.join(able)}")
         engine = get_engine(name)
@@ -198,7 +198,7 @@ class Session:
         self._engine: EngineSession | None = chosen.open(artifact, threads=threads, options=options)
         self._verification = Verification(artifact)
         self._lock, self._observing, self._gate = threading.Lock(), threading.Lock(), Gate()
-        self._observed: Observed | None = None
+        self._observed: dict[str, Observed] = {}
         self._frames = Reuse()
         self._noted: tuple[str, ...] = ()
         self._last: tuple[IO, NpArray] | None = None
@@ -248,6 +248,7 @@ class Session:
         execution_horizon: int = HORIZON,
         schedule: str = "linear",
         max_guidance_weight: float = MAX_WEIGHT,
+        source: str = "",
     ) -> Array:
         """One observation -> one action chunk, float32 [chunk_size, action_dim], or its first `n_actions` rows.
 
@@ -270,6 +271,7 @@ class Session:
             inference_delay: its first rows, which will be executed before this chunk is there; the new chunk keeps
                 them. execution_horizon: up to this row the new chunk is drawn to the old one, less and less, as
                 `schedule` says: "zeros", "ones", "linear", "exp". max_guidance_weight: how hard at most.
+            source: whose `observe` counts.
 
         Raises:
             InputError: names the camera, state, task, tokens or noise that does not fit.
@@ -280,7 +282,7 @@ class Session:
             if self._engine is None:
                 raise EngineError("this session is closed", remedy="load the artifact again")
             known = self._reuse if reuse else None
-            seen = self._observed if images is None else None
+            seen = self._observed.get(source) if images is None else None
             if seen is not None and not (task is None and tokens is None and mask is None):
                 raise InputError("the instruction belongs to observe()", remedy="give it there, or images= as well")
             if known is not None:
@@ -354,13 +356,15 @@ class Session:
         tokens: Any = None,
         mask: Any = None,
         strict: bool = False,
+        source: str = "",
     ) -> int:
         """Takes new frames and the instruction, for every later `act(state=...)` without images; returns their number.
 
-        Arguments as in `act`. Everything that does not depend on the state is computed here, in the caller's thread,
-        and counts when it is complete: an `act` meanwhile uses the observation before (`stats["observation"]`,
-        "observation_age_ms"), and does not wait for more than two stages of this one. May be called from another
-        thread than `act`. After a failure the observation before stays.
+        Arguments as in `act`; source: whose frames they are, where several robots share the policy. Everything that
+        does not depend on the state is computed here, in the caller's thread, and counts when it is complete: an `act`
+        meanwhile uses the observation before (`stats["observation"]`, "observation_age_ms"), and does not wait for more
+        than two stages of this one. May be called from another thread than `act`. After a failure the observation
+        before stays.
 
         Raises: as `act`.
         """
@@ -373,11 +377,17 @@ class Session:
             asked = {"task": task, "tokens": tokens, "mask": mask, "strict": strict}
             scene = observe(self.io, self._tokenizer, self.artifact.program, images=images, asked=asked, reuse=known)
             values = known_from(self.artifact.program, Gated(engine, self._gate), scene, known)
-            number = 1 if self._observed is None else self._observed.number + 1
-            self._observed = Observed(number, scene, values, time.perf_counter())
+            before = self._observed.get(source)
+            number = 1 if before is None else before.number + 1
+            self._observed[source] = Observed(number, scene, values, time.perf_counter())
         for text in scene.warnings:
             python_warnings.warn(text, VlacWarning, stacklevel=2)
         return number
+
+    def forget(self, source: str = "") -> None:
+        """Drops what `source` observed."""
+        with self._observing:
+            self._observed.pop(source, None)
 
     def close(self) -> None:
         """Frees the engine's memory; `act` fails afterwards. Closing twice is fine."""
@@ -386,7 +396,7 @@ class Session:
             if self._reuse is not None:
                 self._reuse.clear()
             self._frames.clear()
-            self._observed = None
+            self._observed.clear()
         self._verification.cancel()
         if engine is not None:
             engine.close()
