@@ -49,17 +49,22 @@ class ArtifactDriver:
         """float32 [chunk_size, action_dim] in the robot's units.
 
         With "replayed" = (rows of the last chunk that have been executed, how many more will be until this one is
-        there) the chunk goes on from the last one; "rtc" is the guidance of `Session.act` itself.
+        there) the chunk goes on from the last one; "rtc" is the guidance of `Session.act` itself. Where "images" is
+        None, "source" says whose frames `Session.observe` was given.
         """
         noise = noise_at(observation["moment"], self.io.noise_shape) if self._samples else None
-        task = observation["task"] if self.io.text_steps else None
+        images = observation["images"]
+        if images is None and "source" in observation:
+            frames = {"images": None, "source": observation["source"]}
+        else:
+            frames = {"images": images, "task": observation["task"] if self.io.text_steps else None}
         rtc: dict[str, Any] = dict(observation.get("rtc", {}))
         if "replayed" in observation and self.session.normalised is not None:
             done, delay = observation["replayed"]
             rtc = {"prev_chunk": self.session.normalised[done:], "inference_delay": delay}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", VlacWarning)  # a prompt that is cut is said when compiling
-            return self.session.act(observation["images"], observation["state"], task, noise=noise, **rtc)
+            return self.session.act(state=observation["state"], noise=noise, **frames, **rtc)
 
     def close(self) -> None:
         """Frees the engine's memory."""

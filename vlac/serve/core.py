@@ -39,6 +39,8 @@ class Answer:
     chunk: float32 [N, A]. timing: milliseconds ("wait_ms" for the turn, the policy's stages, "total_ms").
     said: what a guard remarked. held: the chunk is not the policy's, the guard holds the robot.
     guided: rows of the client's chunk before that it goes on from (real-time chunking).
+    observed: number of the client's frames that it is an answer to, where they came before it; a chunk without rows
+        says that these were looked at.
     """
 
     chunk: NpArray
@@ -46,6 +48,7 @@ class Answer:
     said: tuple[str, ...] = ()
     held: bool = False
     guided: int = 0
+    observed: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Core:
         after: each sees every answer, in order, and may return another.
         max_clients: how many may be connected.
         before: what the policy is asked instead of a request's observation, made in the policy's thread.
+        eyes: a core that looks at frames which are sent alone (vlac.serve.eyes); its clients are this one's.
+        complete: an observation without frames -> with those it was answered by, and their number "observed".
         count: called with a name for everything counted ("chunks", or a refusal's code).
     """
 
@@ -85,8 +90,11 @@ class Core:
         max_clients: int = 64,
         count: Any = lambda name: None,
         before: Callable[[Asked], dict[str, Any]] | None = None,
+        eyes: Core | None = None,
+        complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
-        self.policy, self.after, self.max_clients, self._before = policy, after, max_clients, before
+        self.policy, self.after, self.max_clients = policy, after, max_clients
+        self._before, self._eyes, self._complete = before, eyes, complete
         self._count = count
         self._changed = threading.Condition()
         self._waiting: dict[str, Asked] = {}
@@ -117,9 +125,13 @@ class Core:
             if client not in self._clients and len(self._clients) >= self.max_clients:
                 raise self.refused("too_many_clients", f"{self.max_clients} clients are connected", "close one")
             self._clients.add(client)
+        if self._eyes is not None:
+            self._eyes.connect(client)
 
     def disconnect(self, client: str) -> None:
         """Forgets a client and what it asked."""
+        if self._eyes is not None:
+            self._eyes.disconnect(client)
         with self._changed:
             if client not in self._clients:
                 return
@@ -161,6 +173,8 @@ class Core:
         except Refused as error:
             self._count(error.code)
             raise
+        if self._eyes is not None and observation.get("observe"):
+            return self._eyes.submit(client, observation, step)
         return self.submit(client, observation, step)
 
     def refused(self, code: str, message: str, remedy: str = "") -> Refused:
@@ -177,6 +191,8 @@ class Core:
     def close(self, timeout: float = 10.0) -> bool:
         """Drains, ends the thread; False when the policy did not finish within `timeout` seconds."""
         self.drain()
+        if self._eyes is not None:
+            self._eyes.close(timeout)
         deadline = time.monotonic() + timeout
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout)
@@ -214,6 +230,9 @@ class Core:
                 asked = dataclasses.replace(asked, observation=self._before(asked))
             chunk = np.asarray(self.policy.act(asked.observation), dtype=np.float32)
             answer = Answer(chunk, _timing(self.policy, asked.at, started))
+            if self._complete is not None and asked.observation["images"] is None:
+                asked = dataclasses.replace(asked, observation=self._complete(asked.observation))
+                answer = dataclasses.replace(answer, observed=asked.observation["observed"])
             for each in self.after:
                 answer = each.chunk(asked, answer)
         except Refused as error:
@@ -228,6 +247,14 @@ class Core:
         else:
             self._count("chunks")
             asked.answer.set_result(answer)
+
+
+def plain(answer: Answer, actions: Any, timing: str) -> dict[str, Any]:
+    """An answer as a mapping for the wire; `actions` as the protocol writes them, `timing` the key of the timing."""
+    said: dict[str, Any] = {timing: {k: float(v) for k, v in answer.timing.items()}}
+    if len(answer.chunk):
+        said |= {"actions": actions, "limits": list(answer.said), "held": answer.held, "guided": answer.guided}
+    return said | ({"observed": answer.observed} if answer.observed else {})
 
 
 def _timing(policy: Policy, at: float, started: float) -> dict[str, float]:

@@ -23,6 +23,8 @@ STATES = ("state", "agent_pos")
 TASKS = ("task", "prompt", "instruction")
 MOMENT = "moment"
 """[seed, step], whole numbers: the sampler's noise is drawn from them, as `vlac eval` draws it."""
+OBSERVE = "observe"
+"""True: frames alone; later observations of the client without frames are answered by them."""
 MAX_SIDE, MAX_TASK = 8192, 4096
 RTC = "rtc"
 """Mapping of what a client says about real-time chunking; see `guiding`."""
@@ -37,10 +39,13 @@ class ObservationReader:
         io: of the policy.
         rename: a client's key -> the policy's camera key, "state" or "task".
         guided: whether the server does real-time chunking, and keys of `RTC` say something.
+        frames: whether frames may come alone, and observations without frames after them.
     """
 
-    def __init__(self, io: IO, rename: Mapping[str, str] | None = None, guided: bool = False) -> None:
-        self._io, self._guided = io, guided
+    def __init__(
+        self, io: IO, rename: Mapping[str, str] | None = None, guided: bool = False, frames: bool = False
+    ) -> None:
+        self._io, self._guided, self._frames = io, guided, frames
         names = {c.key: c.key for c in io.cameras} | {c.name: c.key for c in io.cameras}
         self._cameras = {_plain(k): v for k, v in names.items()}
         self._rename = {_plain(k): _plain(v) for k, v in (rename or {}).items()}
@@ -48,7 +53,8 @@ class ObservationReader:
 
     def read(self, found: Any) -> dict[str, Any]:
         """{"images", "state", "task", "moment" (or None)}; images uint8 [H, W, 3] or float32 in [0, 1], own copies; and
-        "rtc", what the client says about real-time chunking, where it does.
+        "rtc", what the client says about real-time chunking, "observe", that these are frames alone, where it does.
+        "images" is None where neither frames nor an instruction came: those that came before count.
 
         Raises Refused("input") naming the key, what it holds and what was expected.
         """
@@ -57,9 +63,16 @@ class ObservationReader:
         seen: dict[str, Any] = {"images": {}, "state": None, "task": None, "moment": None}
         for key, value in _flat(found):
             self._take(seen, key, value)
-        if seen["task"] is None and self._io.text_steps:
+        if OBSERVE in seen:
+            if seen["state"] is not None:
+                raise Refused(
+                    "input", "frames to observe come without a state", remedy="send the state when actions are wanted"
+                )
+        elif not seen["images"] and seen["task"] is None and self._frames:
+            seen["images"] = None
+        if seen["task"] is None and self._io.text_steps and seen["images"] is not None:
             raise Refused("input", "no instruction is given", remedy="send it as prompt or task")
-        if seen["state"] is None and self._io.state_dim:
+        if seen["state"] is None and self._io.state_dim and OBSERVE not in seen:
             raise Refused("input", f"no state is given, expected {self._io.state_dim} numbers as observation.state")
         return seen
 
@@ -78,6 +91,10 @@ class ObservationReader:
             seen["task"] = _task(key, value)
         elif plain == MOMENT:
             seen["moment"] = moment(value)
+        elif plain == OBSERVE and self._frames:
+            if value is not True:
+                raise Refused("input", f"{key[:80]} is {str(value)[:40]!r}, expected true, or nothing")
+            seen[OBSERVE] = True
         elif plain.partition(".")[0] == RTC:
             if not self._guided:
                 raise Refused(

@@ -12,7 +12,7 @@ import http
 import logging
 from typing import Any
 
-from vlac.serve.core import Answer, Core
+from vlac.serve.core import Answer, Core, plain
 from vlac.serve.observation import ObservationReader
 from vlac.serve.pages import Pages, same
 from vlac.serve.refusal import Refused
@@ -145,12 +145,4 @@ async def _reply(asked: Any) -> bytes | str:
         if asked.cancelled():
             return "superseded: the client went away"
         raise
-    return pack(
-        {
-            "actions": answer.chunk,
-            "server_timing": {k: float(v) for k, v in answer.timing.items()},
-            "limits": list(answer.said),
-            "held": answer.held,
-            "guided": answer.guided,
-        }
-    )
+    return pack(plain(answer, answer.chunk, "server_timing"))

@@ -18,7 +18,8 @@ from vlac.facts import is_artifact
 from vlac.parity import joints_of
 from vlac.record import Recorder
 from vlac.serve.chunking import Chunking, Rtc
-from vlac.serve.core import After, Core
+from vlac.serve.core import After, Asked, Core
+from vlac.serve.eyes import Eyes
 from vlac.serve.guard import Guard, parse_bound
 from vlac.serve.lerobot import LeRobot
 from vlac.serve.observation import ObservationReader
@@ -118,16 +119,34 @@ def build(driver: Driver, options: Options) -> Served:
     after.append(watch)
     if chunking is not None:
         after.append(chunking)
-    before = None if chunking is None else chunking.before
-    core = Core(driver, tuple(after), options.max_clients, watch.count, before)
+    core = _core(driver, tuple(after), options.max_clients, watch, chunking)
     watch.gauges = {k: lambda k=k: float(core.load()[k]) for k in ("clients", "waiting")}  # type: ignore[misc]
     if recorder is not None:
         counts = recorder.counts
         for name in ("steps", "recorded", "dropped", "refused"):
             watch.gauges[f"record_{name}"] = lambda name=name: float(getattr(counts, name))  # type: ignore[misc]
     pages = Pages(core, watch, options.token, facts, options.dashboard)
-    reader = ObservationReader(io, options.rename, guided=chunking is not None)
+    reader = ObservationReader(
+        io, options.rename, guided=chunking is not None, frames=isinstance(driver, ArtifactDriver)
+    )
     return Served(core, watch, pages, _protocol(options, core, reader, pages), recorder, shadow)
+
+
+def _core(driver: Driver, after: tuple[After, ...], max_clients: int, watch: Watch, chunking: Chunking | None) -> Core:
+    """The core that acts and, of an artifact, the one that looks beside it."""
+    if not isinstance(driver, ArtifactDriver):
+        return Core(driver, after, max_clients, watch.count)
+    eyes = Eyes(driver)
+
+    def count(name: str) -> None:
+        watch.count("frames" if name == "chunks" else name)
+
+    def before(asked: Asked) -> dict[str, Any]:
+        observation = asked.observation if chunking is None else chunking.before(asked)
+        return {**observation, "source": asked.client}
+
+    looking = Core(eyes, (eyes,), max_clients, count, eyes.before)
+    return Core(driver, after, max_clients, watch.count, before, looking, eyes.complete)
 
 
 def _chunking(driver: Driver, options: Options) -> Chunking | None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from vlac import __version__
-from vlac.serve.core import Answer, Core
+from vlac.serve.core import Answer, Core, plain
 from vlac.serve.observation import MAX_SIDE, ObservationReader
 from vlac.serve.pages import Pages
 from vlac.serve.refusal import Refused
@@ -174,22 +174,14 @@ class Web:
 
     def _reply(self, request: Any, answer: Answer) -> Any:
         responses = need("fastapi.responses")
-        if NPY in request.headers.get("accept", ""):
+        if NPY in request.headers.get("accept", "") and len(answer.chunk):
             headers = {
                 "X-Held": str(answer.held).lower(),
                 "X-Limits": "; ".join(answer.said),
                 "X-Guided": str(answer.guided),
             }
             return responses.Response(npy_bytes(answer.chunk), media_type=NPY, headers=headers)
-        return responses.JSONResponse(
-            {
-                "actions": answer.chunk.tolist(),
-                "timing": dict(answer.timing),
-                "limits": list(answer.said),
-                "held": answer.held,
-                "guided": answer.guided,
-            }
-        )
+        return responses.JSONResponse(plain(answer, answer.chunk.tolist(), "timing"))
 
 
 def _decoded(found: Any, most: int, depth: int = 0) -> Any:
@@ -258,6 +250,7 @@ _PAGES = {
 _DESCRIPTION = """POST /act takes one observation as JSON and answers an action chunk.
 Keys: the policy's cameras (GET /policy names them), observation.state, prompt (or task), and moment [seed, step], from
 which the sampler's noise is drawn. A picture is {"npy": BASE64}, {"png": BASE64} or {"jpeg": BASE64}.
+observe: true sends frames alone; later observations may leave frames and instruction out and are answered by them.
 With --rtc also rtc: {"executed", "inference_delay", "execution_horizon", "schedule", "max_guidance_weight", "reset"}.
 Header X-Client names a client whose requests come over several connections."""
 _PICTURE = {"type": "object", "properties": {f: {"type": "string", "format": "byte"} for f in FORMS}}
@@ -274,6 +267,7 @@ _BODY = {
                         "prompt": {"type": "string"},
                         "moment": {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2},
                         "rtc": {"type": "object"},
+                        "observe": {"type": "boolean"},
                     },
                 }
             }
