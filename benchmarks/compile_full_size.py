@@ -42,12 +42,12 @@ def resident_mb(field: str = "VmRSS") -> float:
     return 0.0
 
 
-def compile_once(checkpoint: str, target: str, out: str) -> dict[str, Any]:
+def compile_once(checkpoint: str, target: str, out: str, *passes: str) -> dict[str, Any]:
     """In its own process: one compile, goldens included."""
     import vlac
 
     started = time.perf_counter()
-    made = vlac.compile(checkpoint, target=target, out=out)
+    made = vlac.compile(checkpoint, target=target, out=out, passes=passes)
     seconds = time.perf_counter() - started
     formats = {k: v["values"] for k, v in made.manifest["census"]["formats"].items()}
     return {"compile_s": round(seconds, 1), "compile_peak_mb": round(peak_mb()), "formats": formats}
@@ -139,7 +139,7 @@ def save(rows: dict[str, Any], checkpoint: dict[str, Any]) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--compile"]:
-        print(json.dumps(compile_once(*sys.argv[2:5])))
+        print(json.dumps(compile_once(*sys.argv[2:])))
         return
     if sys.argv[1:2] == ["--act"]:
         print(json.dumps(act_once(sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None)))

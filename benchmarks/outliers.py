@@ -1,6 +1,6 @@
 """What outlier channels cost every shipped int8 form: the same network, rescaled so that a few channels tower.
 
-python benchmarks/outliers.py CHECKPOINT [--factor 25] [--channels 6] [--observations 2] [--out FILE.json]
+python benchmarks/outliers.py CHECKPOINT [--factor 25] [--channels 6] [--observations 2] [--cases ...] [--out FILE.json]
 
 In every norm whose results only linears read, `channels` channels get `factor` times as large and the columns of the
 readers that much smaller: float32 answers stay the same, int8 activations do not. Each int8 target is compiled from the
@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,17 @@ from vlac.policy import Policy
 from vlac.registry import Pass, passes, targets
 
 FORMS = (
-    ("onnx-int8", "onnxruntime"),
-    ("onnx-int8", "openvino"),
-    ("openvino-int8", "openvino"),
-    ("gguf-q8", "ggml"),
+    ("onnx-int8", "onnxruntime", ""),
+    ("onnx-int8", "openvino", ""),
+    ("openvino-int8", "openvino", ""),
+    ("gguf-q8", "ggml", ""),
+    ("onnx-int8", "onnxruntime", "quantize-weights:bits=8,group=channel,act=int8-tensor,samples=4"),
+    ("openvino-int8", "openvino", "quantize-weights:bits=8,group=channel,act=int8-tensor,attend=true,samples=4"),
 )
+"""(target, engine, pass that fixes scales of activations, or "" for scales that are taken while running)."""
 LIMIT = 0.046
 CASES = {"plain": (), "outliers": ("outliers",), "as shipped": ("outliers",)}
+"""Fixed scales are shipped with smooth-norms before them: a target's own passes do not follow passes that round."""
 
 
 def add_outliers(policy: Policy, factor: float, channels: int, seed: int) -> tuple[Policy, Mapping[str, Any]]:
@@ -78,23 +83,26 @@ def drift(artifact: Path, engine: str, **options: Any) -> float:
     return worst
 
 
-def measure(checkpoint: str, observations: int, work: Path) -> list[dict[str, Any]]:
-    """One row for each form: drift in every case."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {f: {"target": f[0], "engine": f[1]} for f in FORMS}
-    for target in dict.fromkeys(t for t, _ in FORMS):
+def measure(checkpoint: str, observations: int, work: Path, cases: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each form: drift in every case. An artifact is deleted when it has answered."""
+    rows = {f: {"target": f[0], "engine": f[1], "passes": f[2]} for f in FORMS}
+    for target, fixed in dict.fromkeys((t, p) for t, _, p in FORMS):
         entry = targets.get(target)
-        for case, recipe in CASES.items():
-            if case == "outliers":
-                targets.add(dataclasses.replace(entry, passes=()))
+        for case in cases:
+            own = () if case == "outliers" else entry.passes
+            recipe = (*CASES[case], *own, fixed) if fixed else CASES[case]
+            out = work / target
+            targets.add(dataclasses.replace(entry, passes=own))
             try:
-                out = work / f"{target}-{case.replace(' ', '-')}"
                 vlac.compile(checkpoint, target=target, out=out, passes=recipe, goldens=observations)
             finally:
                 targets.add(entry)
             for form, row in rows.items():
-                if form[0] == target:
+                if (form[0], form[2]) == (target, fixed):
                     row[case] = drift(out, form[1])
-                    print(f"{form[0]} on {form[1]}, {case}: {row[case]:.4f}", flush=True)
+                    how = ", fixed scales" if fixed else ""
+                    print(f"{form[0]} on {form[1]}{how}, {case}: {row[case]:.4f}", flush=True)
+            shutil.rmtree(out)
     return list(rows.values())
 
 
@@ -105,16 +113,17 @@ def main() -> None:
     parser.add_argument("--factor", type=float, default=25.0)
     parser.add_argument("--channels", type=int, default=6)
     parser.add_argument("--observations", type=int, default=2)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     register(args.factor, args.channels)
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(args.checkpoint, args.observations, Path(folder))
+        rows = measure(args.checkpoint, args.observations, Path(folder), args.cases)
     report = {"factor": args.factor, "channels": args.channels, "limit": LIMIT, "rows": rows}
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    raise SystemExit(any(r["as shipped"] > LIMIT for r in rows))
+    raise SystemExit(any(r.get("as shipped", 0.0) > LIMIT for r in rows))
 
 
 if __name__ == "__main__":

@@ -30,10 +30,20 @@ from vlac.peers.figures import save_plot, table
 
 RESULT = ROOT / "benchmarks" / "results" / "smolvla_cpu.json"
 
+FIXED = ("smooth-norms", "quantize-weights:bits=8,group=channel,act=int8-tensor,samples=4")
+RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "onnx-int8-fixed": ("onnx-int8", FIXED),
+    "openvino-int8-fixed": ("openvino-int8", (FIXED[0], f"{FIXED[1]},attend=true")),
+}
+"""Artifact -> (target, passes); the others are their target's without passes. "fixed": scales of activations from
+observations, checked and smoothed."""
+
 OURS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
     "onnx-fp32": ("onnx-fp32", "onnxruntime", {}),
     "onnx-int8": ("onnx-int8", "onnxruntime", {}),
+    "onnx-int8-fixed": ("onnx-int8-fixed", "onnxruntime", {}),
     "openvino-int8": ("openvino-int8", "openvino", {}),
+    "openvino-int8-fixed": ("openvino-int8-fixed", "openvino", {}),
     "openvino-bf16": ("openvino-bf16", "openvino", {}),
     "gguf-f16": ("gguf-f16", "ggml", {}),
     "gguf-bf16": ("gguf-bf16", "ggml", {}),
@@ -42,19 +52,20 @@ OURS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
     "gguf-q5": ("gguf-q5", "ggml", {}),
     "gguf-q4": ("gguf-q4", "ggml", {}),
 }
-"""name -> (target, engine, options)."""
+"""name -> (artifact, engine, options)."""
 
 
 def said(what: str, done: int, total: int) -> None:
     print(f"[{done}/{total}] {what}", file=sys.stderr, flush=True)
 
 
-def compiled(checkpoint: Path, target: str, work: Path) -> Path:
+def compiled(checkpoint: Path, name: str, work: Path) -> Path:
     """The artifact in the work folder, made if it is not there."""
-    out = work / target
+    out = work / name
     if not out.exists():
-        said(f"compiling {target}", 0, 0)
-        child("--compile", str(checkpoint), target, str(out))
+        said(f"compiling {name}", 0, 0)
+        target, passes = RECIPES.get(name, (name, ()))
+        child("--compile", str(checkpoint), target, str(out), *passes)
     return out
 
 
@@ -75,7 +86,7 @@ def main() -> None:
         if not checkpoint.exists():
             subprocess.run([sys.executable, ROOT / "scripts" / "make_full_size.py", checkpoint], check=True)
         rows = [name for name in OURS if not args.only or name in args.only]
-        artifacts = {target: compiled(checkpoint, target, work) for target in {OURS[name][0] for name in rows}}
+        artifacts = {name: compiled(checkpoint, name, work) for name in {OURS[name][0] for name in rows}}
         if args.compile_only:
             return
         mine = [ours(artifacts[OURS[name][0]], OURS[name][1], OURS[name][2], name) for name in rows]

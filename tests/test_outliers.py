@@ -27,14 +27,19 @@ def the_pass() -> Iterator[None]:
     del passes._entries["outliers"]
 
 
-@pytest.mark.parametrize(("target", "engine"), outliers.FORMS)
-def test_shipped_forms_stand_outliers(target: str, engine: str, golden: Callable[[str], Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("target", "engine", "fixed"), outliers.FORMS)
+def test_shipped_forms_stand_outliers(
+    target: str, engine: str, fixed: str, golden: Callable[[str], Any], tmp_path: Path
+) -> None:
     if why := get_engine(engine).missing():
         pytest.skip(why)
-    vlac.compile(golden("smolvla_tiny").checkpoint, target, tmp_path / "out", passes=["outliers"], goldens=2)
-    assert outliers.drift(tmp_path / "out", engine) <= outliers.LIMIT
+    recipe = ["outliers", "smooth-norms", fixed] if fixed else ["outliers"]
+    vlac.compile(golden("smolvla_tiny").checkpoint, target, tmp_path / "out", passes=recipe, goldens=2)
+    # bfloat16 moves a network this small by a third of what int8 does
+    exact = {"precision": "f32"} if engine == "openvino" else {}
+    assert outliers.drift(tmp_path / "out", engine, **exact) <= outliers.LIMIT
     applied = open_artifact(tmp_path / "out").manifest["history"]
-    assert [p["name"] for p in applied] == ["outliers", "smooth-norms"]
+    assert [p["name"] for p in applied][:2] == ["outliers", "smooth-norms"]
     assert applied[1]["figures"]["smoothed"] > 0
 
 
