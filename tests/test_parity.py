@@ -318,7 +318,7 @@ def broken(engine: Any, stage: str, change: Any) -> Any:
     """An engine that changes the first float output of one stage."""
 
     class Broken:
-        name = "broken"
+        name, parity_options = "broken", engine.parity_options
 
         def open(self, artifact: Any, **options: Any) -> Any:
             session = engine.open(artifact, **options)
