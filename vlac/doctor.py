@@ -16,6 +16,7 @@ from typing import Any
 
 from vlac import __version__, machine
 from vlac.engines.base import NAMES, get_engine
+from vlac.engines.onnxruntime_engine import NO_TELEMETRY
 from vlac.registry import families, passes, readers, targets
 from vlac.tables import pairs, size
 
@@ -131,7 +132,7 @@ def _try(code: str) -> tuple[bool, str]:
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": path},
+            env=dict([NO_TELEMETRY]) | os.environ | {"PYTHONPATH": path},
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
