@@ -145,23 +145,27 @@ def _rate(session: EngineSession) -> float:
     return ROWS * WIDTH * OUT / best / 1e9
 
 
-def _probe(artifact: Artifact, form: str, folder: Path) -> Artifact:
-    """An artifact of the same target that holds one linear in this format."""
+def emitted(artifact: Artifact, program: Program, folder: Path) -> Artifact:
+    """An artifact of the same target that holds another program, in an empty folder."""
     from vlac.registry import targets
 
+    target = targets.get(str(artifact.manifest["target"]))
+    kept = ("format_version", "engines", "target", "family", "parameters")
+    manifest = {k: artifact.manifest[k] for k in kept if k in artifact.manifest}
+    io = json.loads(artifact.io.to_json())
+    target.emit(program, Sidecars(str(program), json.dumps(io), manifest, None, None), folder, {}, silent)
+    return open_artifact(folder)
+
+
+def _probe(artifact: Artifact, form: str, folder: Path) -> Artifact:
+    """An artifact of the same target that holds one linear in this format."""
     b = StageBuilder("product")
     b.output(b.op("linear", b.input("state", "f32", ROWS, WIDTH), "@w", name="y"))
     values = np.random.default_rng(1).standard_normal((OUT, WIDTH)).astype(np.float32)
     weights = Weights({"w": LazyTensor.of(values, "w")})
     schedule = Schedule((Call("product"),), "y")
     program = Program("product", (), (b.build(),), {"w": Param((OUT, WIDTH), form)}, schedule, weights)
-    target = targets.get(str(artifact.manifest["target"]))
-    kept = ("format_version", "engines", "target", "family", "parameters")
-    manifest = {k: artifact.manifest[k] for k in kept if k in artifact.manifest}
-    io = json.loads(artifact.io.to_json())
-    sidecars = Sidecars(str(program), json.dumps(io), manifest, None, None)
-    target.emit(program, sidecars, folder, {}, silent)
-    return open_artifact(folder)
+    return emitted(artifact, program, folder)
 
 
 # --- for people --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Commands about one answer and this machine: run, list, doctor."""
+"""Commands about one answer and machines: run, estimate, list, doctor."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from vlac.cli.options import (
     Dtype,
     Engine,
     Json,
+    Quiet,
+    Save,
     StatsFrom,
     Threads,
     app,
+    finish,
     guarded,
     key_values,
     on_torch,
 )
+from vlac.errors import InputError
 
 
 @app.command("run")
@@ -68,6 +72,52 @@ def run_command(
     if out is not None:
         save(out, answer["chunk"])
     typer.echo(as_json(answer) if json_output else chunk_text(answer))
+
+
+@app.command("estimate")
+@guarded
+def estimate_command(
+    path: Annotated[str, typer.Argument(metavar="out/|FILE.gguf", help="An artifact.")],
+    device: Annotated[
+        str | None, typer.Option(metavar="pi5|orin-nano|...", help="A device of the table; any other name lists them.")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Instead: probe this machine, predict, and measure beside it.")
+    ] = False,
+    engine: Engine = None,
+    threads: Threads = None,
+    runs: Annotated[int | None, typer.Option(min=1, help="With --calibrate: chunks to measure; default: 15.")] = None,
+    save: Save = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Estimate a chunk's latency on a device that is not here.
+
+    A range from the program's own counts and the device's published peaks, and whether it fits in RAM.
+    """
+    from vlac import progress
+    from vlac.tables import as_json
+
+    if calibrate == (device is not None):
+        raise InputError("estimate wants one of --device and --calibrate", remedy="`--device pi5`, for instance")
+    if calibrate:
+        from vlac.estimate.calibrate import calibrate as compare
+        from vlac.estimate.calibrate import text as compared_text
+
+        with progress.progress(json_output or quiet) as show:
+            report = compare(path, engine=engine, threads=threads, runs=runs, progress=show)
+        text = compared_text(report)
+    else:
+        from vlac.estimate.roofline import estimate
+        from vlac.estimate.roofline import text as estimate_text
+
+        if engine is not None or runs is not None:
+            raise InputError("--engine and --runs go with --calibrate")
+        assert device is not None
+        report = estimate(path, device, threads)
+        text = estimate_text(report)
+    finish(report, save)
+    typer.echo(as_json(report) if json_output else text)
 
 
 @app.command("list")
