@@ -1,11 +1,12 @@
 """What latency does to success, with and without real-time chunking: the bundled policy in closed loop.
 
-python benchmarks/rtc.py [--episodes 200] [--seed 0] [--delays 0 200 400] [--target gguf-f32] [--workers N]
+python benchmarks/rtc.py [--episodes 200] [--seed 0] [--delays 200 400 600] [--target gguf-f32] [--workers N]
     [--out FILE.json]
 
-For every delay (milliseconds on the robot's clock) the same episodes twice, with the same noise: naive replay of chunks
-(vlac.evaluate.Plan), and each chunk going on from what is left of the one before. Success with Wilson's interval, the
-paired difference with its interval and McNemar's exact p, and the jerk of the executed actions. Nothing is timed.
+For every delay (milliseconds on the robot's clock) the same episodes with the same noise three times: naive replay of
+chunks (vlac.evaluate.Plan), each chunk going on from what is left of the one before, and that with LeRobot's defaults.
+Success with Wilson's interval, the paired difference from naive replay with its interval and McNemar's exact p, and the
+jerk of the executed actions. Nothing is timed.
 Writes benchmarks/results/rtc.json after every delay; delays of the same episodes that are there already are kept.
 """
 
@@ -24,32 +25,40 @@ from vlac.environments import PUSH_CUBES
 from vlac.evaluate import evaluate
 from vlac.machine import usable_cores
 from vlac.progress import progress
+from vlac.runtime.rtc import HORIZON, MAX_WEIGHT
 from vlac.statistics import paired
 
 RESULT = ROOT / "benchmarks" / "results" / "rtc.json"
+WAYS: dict[str, dict[str, Any]] = {
+    "naive": {},
+    "rtc": {"rtc": True},
+    "rtc_lerobot": {"rtc": True, "guidance": {"execution_horizon": HORIZON, "max_guidance_weight": MAX_WEIGHT}},
+}
 FIGURES = ("success", "mean_steps", "mean_steps_succeeded", "jerk", "inferences")
 
 
 def row(artifact: Path, delay: float, asked: dict[str, Any]) -> dict[str, Any]:
-    """Both ways of one delay, and their paired difference."""
+    """Every way of one delay, and its paired difference from naive replay."""
     made: dict[str, Any] = {"delay_ms": delay}
     succeeded = {}
-    for name, rtc in (("naive", False), ("rtc", True)):
+    for name, way in WAYS.items():
         with progress(False) as show:
-            report = evaluate(artifact, PUSH_CUBES, delay=delay, rtc=rtc, progress=show, **asked)
+            report = evaluate(artifact, PUSH_CUBES, delay=delay, progress=show, **way, **asked)
         made["delay_steps"] = report["delay"]["steps"]
         made[name] = {k: report[k] for k in FIGURES}
         succeeded[name] = [bool(r["success"]) for r in report["rows"]]
-    table = paired(succeeded["rtc"], succeeded["naive"])
-    low, high = table.interval()
-    return {**made, "paired": {"difference": table.difference, "low": low, "high": high, "p": table.p}}
+        if name != "naive":
+            table = paired(succeeded[name], succeeded["naive"])
+            low, high = table.interval()
+            made[name]["paired"] = {"difference": table.difference, "low": low, "high": high, "p": table.p}
+    return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--delays", type=float, nargs="+", default=[0, 200, 400])
+    parser.add_argument("--delays", type=float, nargs="+", default=[200, 400, 600])
     parser.add_argument("--target", default="gguf-f32")
     parser.add_argument("--workers", type=int, default=usable_cores())
     parser.add_argument("--out", type=Path, default=RESULT)

@@ -24,7 +24,7 @@ from vlac.engines.base import get_engine
 from vlac.environments import PUSH_CUBES
 from vlac.errors import EngineError, InputError, VlacWarning
 from vlac.evaluate import evaluate
-from vlac.runtime.rtc import guidance_weight, prefix_weights
+from vlac.runtime.rtc import STEADY, closed_loop, guidance_weight, prefix_weights
 from vlac.runtime.session import Session
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -142,7 +142,11 @@ def test_a_driver_in_closed_loop_goes_on_from_its_last_chunk(compiled: Compiled)
         driver.act({**seen, "moment": (1, 0)})
         got = driver.act({**seen, "moment": (1, 3), "replayed": (3, 2)})
         noise = noise_at((1, 3), policy.io.noise_shape)
-        assert np.array_equal(got, policy.act(**{**given, "noise": noise}, prev_chunk=left, inference_delay=2))
+        assert np.array_equal(got, policy.act(**{**given, "noise": noise}, prev_chunk=left, **closed_loop(2)))
+        driver.act({**seen, "moment": (1, 0)})
+        told = driver.act({**seen, "moment": (1, 3), "replayed": (3, 2), "rtc": {"execution_horizon": 10}})
+        want = policy.act(**{**given, "noise": noise}, prev_chunk=left, **closed_loop(2) | {"execution_horizon": 10})
+        assert np.array_equal(told, want) and not np.array_equal(told, got)
         assert not np.array_equal(got, plain)
 
 
@@ -206,6 +210,7 @@ def test_the_weights_are_the_papers() -> None:
     assert prefix_weights("zeros", 4, 10, 12).tolist() == [1] * 4 + [0] * 8
     assert prefix_weights("linear", 9, 5, 8).tolist() == [1] * 5 + [0] * 3
     assert guidance_weight(1.0, 10.0) == 10.0 and guidance_weight(0.5, 10.0) == pytest.approx(2.0)
+    assert min(guidance_weight(t, 99.0) for t in np.linspace(0.01, 1, 100)) == pytest.approx(STEADY)
 
 
 PROCESSOR = ROOT / ".venv-lerobot/lib/python3.11/site-packages/lerobot/policies/rtc/modeling_rtc.py"

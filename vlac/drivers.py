@@ -16,6 +16,7 @@ from vlac.errors import InputError, VlacWarning
 from vlac.facts import is_artifact
 from vlac.runtime.actions import apply_action_steps
 from vlac.runtime.inputs import samples
+from vlac.runtime.rtc import closed_loop
 from vlac.runtime.session import Session, execute, load, prepare
 from vlac.runtime.tokenizer import load_tokenizer
 
@@ -49,8 +50,8 @@ class ArtifactDriver:
         """float32 [chunk_size, action_dim] in the robot's units.
 
         With "replayed" = (rows of the last chunk that have been executed, how many more will be until this one is
-        there) the chunk goes on from the last one; "rtc" is the guidance of `Session.act` itself. Where "images" is
-        None, "source" says whose frames `Session.observe` was given.
+        there) the chunk goes on from the last one, as `closed_loop` says; "rtc" is what else `Session.act` is told.
+        Where "images" is None, "source" says whose frames `Session.observe` was given.
         """
         noise = noise_at(observation["moment"], self.io.noise_shape) if self._samples else None
         images = observation["images"]
@@ -61,7 +62,7 @@ class ArtifactDriver:
         rtc: dict[str, Any] = dict(observation.get("rtc", {}))
         if "replayed" in observation and self.session.normalised is not None:
             done, delay = observation["replayed"]
-            rtc = {"prev_chunk": self.session.normalised[done:], "inference_delay": delay}
+            rtc = {**closed_loop(delay), **rtc, "prev_chunk": self.session.normalised[done:]}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", VlacWarning)  # a prompt that is cut is said when compiling
             return self.session.act(state=observation["state"], noise=noise, **frames, **rtc)

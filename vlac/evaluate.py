@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlac import metrics
+from vlac import machine, metrics
 from vlac.drivers import Driver, Observation, Policy, open_driver
 from vlac.environments import Adapter, World, open_world
 from vlac.errors import EngineError, InputError
@@ -66,12 +66,14 @@ class Plan:
     the robot goes on along the old chunk, past n_action_steps if it must, and holds when that ends. Row i of a chunk is
     meant for the i-th step after its observation: rows whose time has passed are dropped. The first chunk of an episode
     is waited for before the clock starts.
-    rtc: each chunk goes on from what is left of the one before (real-time chunking, vlac.runtime.rtc).
+    rtc: each chunk goes on from what is left of the one before (real-time chunking, vlac.runtime.rtc); guidance:
+    arguments of `Session.act` in place of `vlac.runtime.rtc.closed_loop`.
     """
 
     n_action_steps: int
     delay: int = 0
     rtc: bool = False
+    guidance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def period(self) -> int:
@@ -139,7 +141,7 @@ def run_episode(
         if control == "blank":
             seen["images"] = {k: np.zeros_like(v) for k, v in seen["images"].items()}
         if plan.rtc and step:
-            seen["replayed"] = (step - began, plan.delay)
+            seen |= {"replayed": (step - began, plan.delay), "rtc": plan.guidance}
         started = time.perf_counter()
         chunk = np.asarray(policy.act(seen), dtype=np.float32)
         times.append((time.perf_counter() - started) * 1e3)
@@ -290,6 +292,7 @@ def evaluate(
     workers: int = 1,
     pictures: Path | None = None,
     rtc: bool = False,
+    guidance: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Success of an artifact (or checkpoint) over episodes `seed`, seed + 1, ...
@@ -303,7 +306,7 @@ def evaluate(
         workers: processes. More than 1 needs a main module that can be imported (`if __name__ == "__main__":`).
         pictures: folder for a GIF and a PNG strip of the first episode that succeeded and the first that failed.
 
-        rtc: real-time chunking, of `path` and of `against`.
+        rtc: real-time chunking, of `path` and of `against`; guidance: see `Plan`.
 
     Returns: the report as JSON values. Raises VlacError for what cannot be run.
     """
@@ -317,7 +320,7 @@ def evaluate(
         facts = {**driver.facts, **_kind(path)}
         n = n_action_steps or driver.io.n_action_steps
         waited = _delay(delay, driver, world, seeds, progress)
-        plan = Plan(n, math.ceil(waited["ms"] * world.fps / 1e3), rtc)
+        plan = Plan(n, math.ceil(waited["ms"] * world.fps / 1e3), rtc, guidance or {})
         _fits(np.zeros((driver.io.chunk_size, driver.io.action_dim)), plan, world)
         told = instructions(world, seeds, control)
         fps, longest = world.fps, world.max_steps
@@ -394,6 +397,7 @@ def _delay(
     if delay is None:
         return {"ms": 0.0, "from": "none: the robot waits for each chunk"}
     if delay == "measured":
+        machine.refuse_emulated()
         progress("measuring the latency", 0, 0)
         return {"ms": latency_ms(driver, world, seeds), "from": f"median of {TIMED} chunks measured here"}
     if isinstance(delay, str) or not (0 <= delay < 1e6):

@@ -58,7 +58,7 @@ def serve_command(
         bool, typer.Option("--rtc", help="Real-time chunking: a client's chunk goes on from the one before.")
     ] = False,
     execution_horizon: Annotated[
-        int | None, typer.Option(min=0, help="With --rtc: from this row on a chunk is free; default: 10.")
+        int | None, typer.Option(min=0, help="With --rtc: from this row on a chunk is free; default: the delay.")
     ] = None,
     inference_delay: Annotated[
         int | None, typer.Option(min=0, help="With --rtc: control steps until a chunk is there; default: measured.")
@@ -68,7 +68,7 @@ def serve_command(
         typer.Option(metavar="linear|exp|ones|zeros", help="With --rtc: how the weight falls; default: linear."),
     ] = None,
     max_guidance_weight: Annotated[
-        float | None, typer.Option(help="With --rtc: how hard a chunk is drawn at most; default: 10.")
+        float | None, typer.Option(help="With --rtc: how hard a chunk is drawn at most; default: 2.")
     ] = None,
     executed: Annotated[
         int | None,

@@ -25,6 +25,19 @@ SCHEDULES = ("zeros", "ones", "linear", "exp")
 """How the weight falls between the delay and the horizon."""
 HORIZON, MAX_WEIGHT = 10, 10.0
 """LeRobot's execution_horizon and max_guidance_weight where none is said."""
+STEADY = 2.0
+"""The least value of `guidance_weight`, at half time: as a bound it makes the pull the same in every turn."""
+
+
+def closed_loop(delay: int) -> dict[str, Any]:
+    """Arguments of `Session.act` for a robot's loop that says nothing else: keep what the robot will have executed, and
+    leave what it has not to the newer observation.
+
+    LeRobot's defaults are for chunks of 50: a horizon of 10 rows is most of what is left of a chunk of 10. And its
+    weight is larger than the flow's own path warrants where the time is near 0 or 1, for it stands where the derivative
+    of a network would make it smaller. Both cost success on push-cubes (docs/rtc.md).
+    """
+    return {"inference_delay": delay, "execution_horizon": delay, "max_guidance_weight": STEADY}
 
 
 def prefix_weights(schedule: str, delay: int, horizon: int, rows: int) -> NpArray:

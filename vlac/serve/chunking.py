@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vlac.errors import InputError
-from vlac.runtime.rtc import HORIZON, MAX_WEIGHT, check_guidable, prefix_weights
+from vlac.runtime.rtc import STEADY, check_guidable, closed_loop, prefix_weights
 from vlac.runtime.session import Session
 from vlac.serve.core import Answer, Asked
 from vlac.serve.refusal import Refused
@@ -30,20 +30,21 @@ LATENCIES = 100
 class Rtc:
     """What holds where a client's message does not say otherwise (vlac.runtime.rtc).
 
-    horizon, schedule, most: `execution_horizon`, `schedule`, `max_guidance_weight` of `Session.act`.
+    horizon, schedule, most: `execution_horizon`, `schedule`, `max_guidance_weight` of `Session.act`; horizon None: the
+        delay (vlac.runtime.rtc.closed_loop).
     delay: control steps that pass until a chunk arrives; None: the slowest of the client's last chunks, from the
         observation's arrival to the answer, in control steps, rounded up.
     executed: actions that a client takes between two observations, where it does not tell.
     """
 
-    horizon: int = HORIZON
+    horizon: int | None = None
     schedule: str = "linear"
-    most: float = MAX_WEIGHT
+    most: float = STEADY
     delay: int | None = None
     executed: int | None = None
 
     def __post_init__(self) -> None:
-        prefix_weights(self.schedule, self.delay or 0, self.horizon, 1)
+        prefix_weights(self.schedule, self.delay or 0, self.horizon or 0, 1)
         if not (math.isfinite(self.most) and self.most > 0):
             raise InputError(f"--max-guidance-weight {self.most!r}: a number above 0")
         if self.executed is not None and self.executed < 1:
@@ -98,19 +99,18 @@ class Chunking:
         told = asked.observation.get("rtc", {})
         known = self._clients.setdefault(asked.client, _Client())
         left = self._left(asked, told, known)
-        known.guided = 0 if left is None else len(left)
+        known.guided = 0
         if left is None:
             return {**asked.observation, "rtc": {}}
         delay = told.get("inference_delay", self.rtc.delay)
         if delay is None:
             delay = math.ceil(max(known.latencies, default=0.0) * self.fps / 1e3)
-        guidance = {
-            "prev_chunk": left,
-            "inference_delay": delay,
-            "execution_horizon": told.get("execution_horizon", self.rtc.horizon),
-            "schedule": told.get("schedule", self.rtc.schedule),
-            "max_guidance_weight": told.get("max_guidance_weight", self.rtc.most),
-        }
+        usual = {"max_guidance_weight": self.rtc.most, "schedule": self.rtc.schedule}
+        if self.rtc.horizon is not None:
+            usual["execution_horizon"] = self.rtc.horizon
+        said = {k: v for k, v in told.items() if k not in ("executed", "reset")}
+        guidance = {**closed_loop(delay), **usual, **said, "prev_chunk": left}
+        known.guided = min(len(left), guidance["execution_horizon"])
         return {**asked.observation, "rtc": guidance}
 
     def _left(self, asked: Asked, told: Mapping[str, Any], known: _Client) -> NpArray | None:

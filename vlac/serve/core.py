@@ -38,7 +38,7 @@ class Answer:
 
     chunk: float32 [N, A]. timing: milliseconds ("wait_ms" for the turn, the policy's stages, "total_ms").
     said: what a guard remarked. held: the chunk is not the policy's, the guard holds the robot.
-    guided: rows of the client's chunk before that it goes on from (real-time chunking).
+    guided: rows that are drawn to what is left of the client's chunk before (real-time chunking).
     observed: number of the client's frames that it is an answer to, where they came before it; a chunk without rows
         says that these were looked at.
     """
