@@ -212,3 +212,57 @@ def pickled_message(value: Any) -> bytes:
     from vlac.serve.lerobot import message as wrapped
 
     return wrapped(pickle.dumps(value))
+
+
+@pytest.mark.usefixtures("as_lerobot")
+@pytest.mark.parametrize("protocol", ["http", "lerobot"])
+def test_sigterm_while_clients_ask_ends_with_named_refusals(protocol: str, wild: Path, seen: list[Seen]) -> None:
+    """Each client is answered until it is told that the server ends, or finds it gone; never anything else."""
+    import grpc
+
+    outcomes: list[str] = []
+    began = threading.Barrier(4)
+
+    def http(port: int, n: int) -> None:
+        for i in range(100_000):
+            try:
+                status, said = post(port, as_json(message({**seen[0], "moment": (n, i)})), X_Client=f"c{n}")
+            except OSError:  # refused or closed: it has ended
+                outcomes.append("gone")
+                return
+            if status != 200:
+                outcomes.append(said["error"])
+                return
+            if i == 0:
+                began.wait(60)
+
+    def robot(port: int, n: int) -> None:
+        names = [f"m{i}" for i in range(4)]
+        features = {"observation.state": {"dtype": "float32", "shape": (4,), "names": names}}
+        motors = dict(zip(names, map(float, seen[0]["state"]), strict=True))
+        pictures = {k.rsplit(".", 1)[-1]: v for k, v in seen[0]["images"].items()}
+        raw = {**motors, **pictures, "task": seen[0]["task"]}
+        stub = Stub(port)
+        try:
+            stub.call("Ready")
+            stub.call("SendPolicyInstructions", pickled_message(RemotePolicyConfig("smolvla", "x", features, 10)))
+            for i in range(100_000):
+                stub.observe(pickle.dumps(TimedObservation(0.0, i, raw)))
+                assert len(stub.actions()) == 10
+                if i == 0:
+                    began.wait(60)
+        except grpc.RpcError as error:
+            gone = error.code().name == "UNAVAILABLE" or "GOAWAY" in str(error.details())
+            outcomes.append("gone" if gone else str(error.details()).split(":")[0])
+
+    with Server(wild, "--protocol", protocol) as server:
+        drive = http if protocol == "http" else robot
+        threads = [threading.Thread(target=drive, args=(server.port, n), daemon=True) for n in range(3)]
+        for t in threads:
+            t.start()
+        began.wait(60)
+        code, said = server.end()
+        for t in threads:
+            t.join(30)
+    assert code == 0 and "everything that waited was answered" in said, said
+    assert len(outcomes) == 3 and set(outcomes) <= {"draining", "gone"}, outcomes
