@@ -17,6 +17,8 @@ from vlac import machine
 from vlac.bench import bench, control_rate, deadline, drop_page_cache, summarise, system_delta, watched
 from vlac.board.reading import Tree
 from vlac.errors import ArtifactError, EngineError, InputError, Unsupported
+from vlac.peers.compare import compare
+from vlac.profile import profile
 from vlac.report import bench_text
 
 
@@ -98,6 +100,10 @@ def test_no_latency_under_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "emulation", lambda: "the program that really runs is qemu-aarch64-static")
     with pytest.raises(Unsupported, match="no latency is reported under emulation"):
         bench("nowhere")
+    with pytest.raises(Unsupported, match="no latency is reported under emulation"):
+        profile("nowhere")
+    with pytest.raises(Unsupported, match="no latency is reported under emulation"):
+        compare([], Path("nowhere"))
 
 
 def test_this_machine_describes_itself() -> None:

@@ -434,6 +434,38 @@ def test_a_library_that_fails_its_self_test_is_refused_by_name(tmp_path: Path) -
     assert not list(tmp_path.glob("vlac/*.json"))
 
 
+def test_the_next_best_variant_is_taken_when_the_best_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with ggml 0.26 on SVE vectors of 512 bits, where q4_K is wrong (test_arm.py shows that)."""
+    asked: list[list[str]] = []
+
+    def selftest(folder: Path, refused: list[str]) -> tuple[bool, str, str]:
+        asked.append(list(refused))
+        left = [v for v in ("best", "second", "plain") if v not in refused]
+        if not left:
+            return False, "", "(exit 1): none of 0 other CPU variants runs on this CPU"
+        return left[0] == good, left[0], f"(exit 1): {left[0]} is wrong"
+
+    monkeypatch.setattr(ggml_lib, "_run_selftest", selftest)
+    good = "plain"
+    assert ggml_lib._check_in_subprocess(tmp_path) == "plain"
+    assert asked == [[], ["best"], ["best", "second"]]
+    good = "none of them"
+    with pytest.raises(
+        EngineError, match=r"best \(exit 1\): best is wrong; second .*; plain \(exit 1\): plain is wrong"
+    ):
+        ggml_lib._check_in_subprocess(tmp_path)
+
+
+def test_a_variant_that_was_refused_is_not_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    variants = [v.name for v in ggml_lib.cpu_variants(directory())]
+    if len(variants) < 2:
+        pytest.skip("this ggml has one CPU library")
+    best = ggml_selftest.best_variant(directory())
+    assert ggml_selftest.best_variant(directory(), [best]) not in ("", best)
+    assert ggml_selftest.main([str(directory()), *variants]) == 1
+    assert "none of 0 other CPU variants runs on this CPU" in capsys.readouterr().err
+
+
 def test_openmp_builds_are_told_not_to_spin(tmp_path: Path) -> None:
     for code, uses in ((b"..GOMP_parallel..", True), (b"..__kmpc_fork_call..", True), (b"..pthread_create..", False)):
         ggml_lib.library(tmp_path, "ggml-cpu").write_bytes(code)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,3 +234,54 @@ def test_a_missing_engine_says_how_to_install_it(engine: str, folder: Path, monk
     assert f"{engine} is not installed; pip install" in get_engine(engine).missing()
     with pytest.raises(EngineError, match="pip install"):
         get_engine(engine).open(open_artifact(folder))
+
+
+def test_telemetry_is_off_before_the_library_is_loaded(folder: Path, tmp_path: Path) -> None:
+    """A stand-in for the package tells what the environment was when it was imported."""
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "onnxruntime.py").write_text(
+        "import os, sys\nprint('seen', os.environ.get('ORT_DISABLE_TELEMETRY'))\nsys.stdout.flush()\nos._exit(0)\n"
+    )
+    code = (
+        "from vlac.artifact import open_artifact\nfrom vlac.engines.base import get_engine\n"
+        f"get_engine('onnxruntime').open(open_artifact({str(folder)!r}))"
+    )
+    for given, seen in ({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0"):
+        env = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+        paths = os.pathsep.join([str(tmp_path / "fake"), *filter(None, sys.path)])
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**env, **given, "PYTHONPATH": paths}, capture_output=True, text=True
+        )
+        assert done.stdout.split() == ["seen", seen], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cpu", "options", "plain"),
+    [
+        ("aarch64", {"kleidiai": False}, True),
+        ("aarch64", {}, False),
+        ("x86_64", {"kleidiai": False}, False),
+        ("x86_64", {}, False),
+    ],
+)
+def test_kleidiai_is_left_out_on_arm_when_asked(
+    cpu: str, options: dict[str, bool], plain: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does to the numbers is seen on an ARM CPU (test_arm.py)."""
+    given: list[bool] = []
+    settings = onnxruntime_engine._settings
+
+    def noted(*args: Any) -> Any:
+        result = settings(*args)
+        try:
+            given.append(result.get_session_config_entry("mlas.disable_kleidiai") == "1")
+        except RuntimeError:  # not set
+            given.append(False)
+        return result
+
+    monkeypatch.setattr(onnxruntime_engine, "_settings", noted)
+    monkeypatch.setattr(onnxruntime_engine.platform, "machine", lambda: cpu)
+    session = get_engine("onnxruntime").open(open_artifact(folder), options=options)
+    assert given and set(given) == {plain}
+    assert session.info.get("kleidiai", True) is not plain
+    assert get_engine("onnxruntime").parity_options == {"kleidiai": False}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vlac import machine
 from vlac.errors import InputError, VlacWarning
 from vlac.runtime.session import load
 
@@ -35,7 +36,8 @@ def act_once(
         state: "0,0,..." raw values, None if the policy takes none.
         options: for the engine, as in vlac.load.
 
-    Returns: chunk (float32 [chunk_size, action_dim]), actions (names), units, engine, stats (milliseconds), warnings.
+    Returns: chunk (float32 [chunk_size, action_dim]), actions (names), units, engine, stats (milliseconds; none under
+        emulation), warnings.
     Raises: VlacError for files, state and cameras that do not fit.
     """
     pictures = {name: read_image(Path(file)) for name, file in images.items()}
@@ -51,7 +53,7 @@ def act_once(
             "engine": policy.hparams.engine,
             "actions": names,
             "chunk": chunk,
-            "stats": dict(policy.stats),
+            "stats": {} if machine.emulation() else dict(policy.stats),  # emulated times mean nothing
             "warnings": list(policy.warnings),
         }
     finally:

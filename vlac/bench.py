@@ -29,7 +29,7 @@ from vlac.board.sampler import look
 from vlac.board.summary import Look, Run, known
 from vlac.board.summary import summarise as board_of
 from vlac.board.verdict import judge
-from vlac.errors import EngineError, InputError, Unsupported
+from vlac.errors import EngineError, InputError
 from vlac.registry import Progress, silent
 from vlac.statistics import wilson
 
@@ -64,11 +64,7 @@ def bench(
         Unsupported: the process runs under emulation, where a latency means nothing.
         ArtifactError, EngineError: nothing to measure, or the engine failed.
     """
-    emulated = machine.emulation()
-    if emulated:
-        raise Unsupported(
-            f"no latency is reported under emulation: {emulated}", remedy="run `vlac bench` on the board itself"
-        )
+    machine.refuse_emulated()
     if runs is not None and runs < 1:
         raise InputError(f"--runs {runs}: at least 1")
     if rate is not None and not 0 < rate <= 1e5:

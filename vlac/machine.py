@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vlac.errors import Unsupported
+
 FEATURES = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
@@ -207,6 +209,12 @@ def emulation() -> str:
         if is_emulator(read_text(comm)):
             return f"the process is called {read_text(comm)}"
     return contradiction(platform.machine(), read_text("/proc/cpuinfo")) or _rosetta()
+
+
+def refuse_emulated() -> None:
+    """Unsupported when this process is emulated: called before anything is timed that is then reported."""
+    if how := emulation():
+        raise Unsupported(f"no latency is reported under emulation: {how}", remedy="measure on the board itself")
 
 
 def is_emulator(program: str) -> bool:

@@ -46,6 +46,7 @@ def profile(
     chunk), gmac_s, format (that of most of its work), peak_gmac_s and of_peak (None where the yardstick has no form),
     and ops: {kind, ms, share}, slowest first, empty where the engine does not tell.
     """
+    machine.refuse_emulated()
     count = 5 if runs is None else runs
     if count < 1:
         raise InputError(f"runs={count}: at least 1")

@@ -247,7 +247,8 @@ def chunk_text(answer: Report, most: int = 8) -> str:
     ]
     if len(chunk) > most:
         lines.append(f"  ... {len(chunk) - most} more")
-    lines.append("  ".join(f"{k.removesuffix('_ms')} {number(v)} ms" for k, v in stats.items() if k.endswith("_ms")))
+    times = [f"{k.removesuffix('_ms')} {number(v)} ms" for k, v in stats.items() if k.endswith("_ms")]
+    lines += ["  ".join(times)] if times else []
     lines += [f"warning: {text}" for text in answer["warnings"]]
     return "\n".join(lines)
 

@@ -45,6 +45,7 @@ def compare(
 
     Raises: VlacError when LeRobot is not set up; a contender that fails is reported in its row.
     """
+    machine.refuse_emulated()
     if rounds < 1:
         raise InputError(f"rounds={rounds}: at least 1")
     count = threads or default_threads()
