@@ -30,6 +30,7 @@ from vlac.engines.numpy_engine import run_stage
 from vlac.errors import EngineError, Unsupported, VlacError
 from vlac.graph import Program, Repeat, StageBuilder
 from vlac.layouts import half_scales, quantize_int4_blocks, quantize_int8_rows, unpack_int4
+from vlac.prepare import prepare as prepare_for_here
 from vlac.registry import silent, targets
 from vlac.runtime.session import prepare
 from vlac.runtime.tokenizer import load_tokenizer
@@ -356,6 +357,8 @@ def test_no_gpu_is_said(artifact: Artifact) -> None:
         vlac.load(artifact.path)
     with pytest.raises(EngineError, match="engine tensorrt cannot be used here"):
         vlac.load(artifact.path, engine="tensorrt")
+    with pytest.raises(Unsupported, match="whose plans take the place of preparing"):
+        prepare_for_here(artifact.path, "onnxruntime")
     with pytest.raises(EngineError, match="TensorRT cannot be used here"):
         vlac.plans.build(artifact.path)
     if artifact.manifest["target"] == "tensorrt-bf16":

@@ -37,6 +37,11 @@ def prepare(
     where nothing can be written or the engine fails.
     """
     artifact = open_artifact(path)
+    if "tensorrt" in artifact.manifest:
+        raise Unsupported(
+            f"{artifact.path} is for TensorRT, whose plans take the place of preparing",
+            remedy=f"run `vlac build {artifact.path}` on the machine that will run it",
+        )
     name = choose_engine(artifact, engine).name
     if artifact.container != "folder" or name not in ENGINES:
         raise Unsupported(
