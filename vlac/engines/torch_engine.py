@@ -24,8 +24,8 @@ from vlac.engines.torch_device import Resident, checked_device, checked_dtype, c
 from vlac.engines.torch_graphs import Graphs, on_cuda
 from vlac.engines.torch_plan import Plan, Step, TorchOp, with_frees
 from vlac.engines.torch_precision import NARROW, NarrowProducts, only_multiplied
+from vlac.engines.torch_rounding import rounding_ops
 from vlac.errors import EngineError
-from vlac.float8 import LARGEST
 from vlac.graph import Node, Program, Repeat, stage_symbols
 
 Tensor = Any
@@ -143,27 +143,6 @@ def _time_embedding(torch: Any, t: Tensor, a: Mapping[str, Any]) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1).to(t.dtype)
 
 
-def _round_int8(torch: Any, x: Tensor, form: str, largest: float) -> Tensor:
-    """In float64, as the reference: a value between two codes must fall to the same side."""
-    v = x.to(torch.float64)
-    if form == "tensor":
-        s = largest / 127
-        return (torch.clamp(torch.round(v / s), -127, 127) * s).to(x.dtype)
-    rows, width = v.shape
-    block = 32 if form == "block32" else width
-    parts = torch.nn.functional.pad(v, (0, -width % block)).reshape(rows, -1, block)
-    s = parts.abs().amax(dim=2, keepdim=True).clamp(min=1e-30) / 127
-    return (torch.round(parts / s) * s).reshape(rows, -1)[:, :width].to(x.dtype)
-
-
-def _round_fp8(torch: Any, x: Tensor, largest: float) -> Tensor:
-    """In float64, as the reference; torch's own conversion would round to float32 first."""
-    s = largest / LARGEST
-    v = x.to(torch.float64) / s
-    step = torch.exp2(torch.clamp(torch.frexp(v).exponent - 1, -6, 8) - 3.0)
-    return (torch.clamp(torch.round(v / step) * step, -LARGEST, LARGEST) * s).to(x.dtype)
-
-
 def _float_ops(torch: Any) -> dict[str, TorchOp]:
     """Arithmetic."""
     fn = torch.nn.functional
@@ -186,8 +165,6 @@ def _float_ops(torch: Any) -> dict[str, TorchOp]:
         "relu": lambda x, a: torch.relu(x[0]),
         "gelu": lambda x, a: _gelu(torch, x[0], a["approximate"]),
         "softmax": lambda x, a: torch.softmax(x[0], dim=-1),
-        "round_int8": lambda x, a: _round_int8(torch, x[0], a["form"], a["largest"]),
-        "round_fp8": lambda x, a: _round_fp8(torch, x[0], a["largest"]),
         "attention": lambda x, a: _attention(torch, x, a),
         "rope": lambda x, a: _rotate(torch, x[0], x[1]),
         "time_embedding": lambda x, a: _time_embedding(torch, x[0], a),
@@ -245,7 +222,7 @@ class TorchSession(EngineSession):
         self._float = checked_dtype(torch, dtype)
         kinds = {"f32": self._float, "i32": torch.int32, "bool": torch.bool}
         self._ops = {**_index_ops(torch, kinds, self._device), **_layout_ops(torch), **_float_ops(torch)}
-        self._ops |= code_ops(torch)
+        self._ops |= code_ops(torch) | rounding_ops(torch)
         self._narrow = None
         if dtype in NARROW:
             self._narrow = NarrowProducts(torch, dtype, only_multiplied(program, linears))
@@ -254,7 +231,8 @@ class TorchSession(EngineSession):
         cuda = self._device.type == "cuda"
         if graphs and not cuda:
             raise EngineError(f"torch engine: graphs=True on {device}", remedy="CUDA graphs need device=cuda")
-        self._graphs = Graphs(on_cuda(torch, self._device)) if cuda and not profile and graphs is not False else None
+        record = cuda and graphs is not False and keep_weights and not profile
+        self._graphs = Graphs(on_cuda(torch, self._device)) if record else None
         self._compiled: dict[Any, Callable[..., dict[str, Tensor]]] | None = {} if compile else None
         self._resident = Resident() if cuda else None
         self._tf32, self._sdpa = tf32, checked_sdpa(sdpa) if cuda else "auto"

@@ -26,15 +26,17 @@ def on_cuda(torch: Any, device: Any) -> Record:
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Callable[[], dict[str, Tensor]]) -> tuple[Replay, dict[str, Tensor]]:
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                run()
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            out = run()
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    run()
+            torch.cuda.current_stream(device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # another thread may be observing meanwhile: only this one's forbidden calls spoil the recording
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                out = run()
         return graph.replay, out
 
     return record
