@@ -1,20 +1,25 @@
 """Checkpoints of dimensions drawn from a seed, compiled to QVAC's layout and run by QVAC's own engine.
 
-python benchmarks/qvac_dims.py [--smolvla 12] [--pi05 6] [--seed 0] [--formats f32,q8,...] [--out FILE]
+python benchmarks/qvac_dims.py [--smolvla 12] [--pi05 6] [--seed 0] [--formats f32,q8,...] [--wrong]
+    [--out FILE]
 
 Every checkpoint is SmolVLA- or pi0.5-like with random weights and dimensions that the engine accepts (vlac refuses
-others by name). Each file runs in a process of its own on a seeded observation; the chunk is held against vlac's
-fp32 reference: cosine at least 0.999999 for f32 and 0.9995 for q8. Other formats have no bar here.
-Rows are written as they come; nothing is timed. Needs scripts/peers/qvac.sh. Exit code 1 when a bar is missed.
+others by name: those rows say so, and more are drawn). The prompt is padded where vlac says that the engine answers its
+own length wrong, and with --wrong such a length is run as well: it must be wrong there. Each file runs in a process of
+its own on a seeded observation; the chunk is held against vlac's fp32 reference: cosine at least 0.999999 for f32 and
+0.9995 for q8. Other formats have no bar here. Rows are written as they come; nothing is timed. Needs
+scripts/peers/qvac.sh. Exit code 1 when a bar is missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +36,12 @@ import vlac  # noqa: E402
 from vlac.api import draw  # noqa: E402
 from vlac.artifact import Golden  # noqa: E402
 from vlac.checkpoint import read_policy  # noqa: E402
-from vlac.errors import VlacError  # noqa: E402
+from vlac.errors import Unsupported  # noqa: E402
 from vlac.gguf_dialects import check_file  # noqa: E402
 from vlac.goldens import answer, synthetic  # noqa: E402
 from vlac.policy import Policy  # noqa: E402
 from vlac.registry import silent  # noqa: E402
+from vlac.targets._qvac_memory import LONGEST, right_prompts  # noqa: E402
 
 BARS = {"f32": 0.999999, "q8": 0.9995}
 ORDERS: dict[str, tuple[str, list[str]]] = {
@@ -112,11 +118,19 @@ def pi05(rng: random.Random, folder: Path, seed: int) -> dict[str, Any]:
 KINDS = {"smolvla": smolvla, "pi05": pi05}
 
 
-def compared(policy: Policy, model: Path, answered: tuple[Golden, ...], folder: Path) -> dict[str, Any]:
-    """Cosine of the engine's chunk to the reference's and the largest difference over the largest value."""
+def lengths(policy: Policy, dims: Mapping[str, Any]) -> tuple[int, int]:
+    """(length that the prompt is padded to, one that the engine answers wrong; 0 for none) of a SmolVLA."""
+    right = set(right_prompts(dims, len(policy.io.cameras)))
+    (call,) = asked(policy, synthetic(policy.io, 1), 0)
+    own = len(call["tokens"])
+    wrong = [n for n in range(own, LONGEST + 1) if n not in right]
+    return min((n for n in right if n >= own), default=0), wrong[0] if wrong else 0
+
+
+def asked(policy: Policy, given: tuple[Golden, ...], length: int) -> list[dict[str, np.ndarray[Any, Any]]]:
+    """The observations as the engine's own inputs, the prompt padded."""
     program = draw(policy)
-    length = policy.spec.tokenizer_max_length if policy.family == "pi05" else 0
-    calls = [
+    return [
         qvac_peer.call(
             *(policy.io, policy.tokenizer, program),
             prompt_length=length,
@@ -125,9 +139,13 @@ def compared(policy: Policy, model: Path, answered: tuple[Golden, ...], folder: 
             task=o.task,
             noise=o.noise,
         )
-        for o in answered
+        for o in given
     ]
-    actions, _ = qvac_peer.run(model, calls, policy.io, folder)
+
+
+def compared(policy: Policy, model: Path, answered: tuple[Golden, ...], length: int, folder: Path) -> dict[str, Any]:
+    """Cosine of the engine's chunk to the reference's and the largest difference over the largest value."""
+    actions, _ = qvac_peer.run(model, asked(policy, answered, length), policy.io, folder)
     a, b = (np.concatenate([np.float64(v).ravel() for v in side]) for side in (actions, _chunks(answered)))
     return {
         "cosine": float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)),
@@ -139,8 +157,8 @@ def _chunks(answered: tuple[Golden, ...]) -> list[np.ndarray[Any, Any]]:
     return [g.chunk_normalised for g in answered]
 
 
-def one(kind: str, seed: int, formats: list[str], folder: Path) -> dict[str, Any]:
-    """A checkpoint of this seed in every format: what it is, and what came of each."""
+def one(kind: str, seed: int, formats: list[str], wrong: bool, folder: Path) -> dict[str, Any]:
+    """A checkpoint of this seed in every format: what it is, and what came of each; "refused" where vlac does."""
     row: dict[str, Any] = {"family": kind, "seed": seed, "formats": {}}
     row["dims"] = KINDS[kind](random.Random(f"{kind} {seed}"), folder / "checkpoint", seed)
     policy = read_policy(str(folder / "checkpoint"))
@@ -150,15 +168,22 @@ def one(kind: str, seed: int, formats: list[str], folder: Path) -> dict[str, Any
         model = folder / f"{name}.gguf"
         try:
             made = vlac.compile(folder / "checkpoint", target, model, passes, dialect="qvac", goldens=1)
-            assert made.path is not None
-            check_file(made.path, "qvac")
-            found = compared(policy, made.path, answered, folder / name)
-            found["values"] = {k: v["values"] for k, v in made.manifest["census"]["formats"].items()}
-            found["ok"] = bool(found["cosine"] >= BARS.get(name, 0.0))
-        except (VlacError, RuntimeError) as error:
-            found = {"error": str(error), "ok": False}
+        except Unsupported as error:
+            return {**row, "refused": error.message}
+        assert made.path is not None
+        dims = check_file(made.path, "qvac").dims
+        length, bad = lengths(policy, dims) if kind == "smolvla" else (policy.spec.tokenizer_max_length, 0)
+        if not length:
+            return {**row, "refused": "no prompt as long as this one is answered right"}
+        found = compared(policy, made.path, answered, length, folder / name)
+        found["values"] = {k: v["values"] for k, v in made.manifest["census"]["formats"].items()}
+        found["ok"] = bool(found["cosine"] >= BARS.get(name, 0.0))
+        row |= {"prompt": length}
+        if wrong and bad and name == "f32":
+            row |= {"said_wrong": bad, "is_wrong": compared(policy, made.path, answered, bad, folder / "bad")}
+            found["ok"] &= row["is_wrong"]["cosine"] < BARS[name]
         row["formats"][name] = found
-        print(kind, seed, name, found, file=sys.stderr, flush=True)
+        print(kind, seed, length, name, found, row.get("is_wrong", ""), file=sys.stderr, flush=True)
         model.unlink(missing_ok=True)
     return row
 
@@ -170,17 +195,21 @@ def main() -> int:
     parser.add_argument("--pi05", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--formats", default="f32,q8", help=f"of {', '.join(ORDERS)}")
+    parser.add_argument("--wrong", action="store_true", help="run lengths of prompts that are said to be wrong, too")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "qvac_dims.json")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for kind, count in (("smolvla", options.smolvla), ("pi05", options.pi05)):
-        for seed in range(options.seed, options.seed + count):
+        for seed in itertools.count(options.seed):
+            if sum(r["family"] == kind and "refused" not in r for r in rows) == count:
+                break
             with tempfile.TemporaryDirectory() as folder:
-                rows.append(one(kind, seed, options.formats.split(","), Path(folder)))
+                rows.append(one(kind, seed, options.formats.split(","), options.wrong, Path(folder)))
             missed = [f"{r['family']} {r['seed']} {n}" for r in rows for n, f in r["formats"].items() if not f["ok"]]
             record = {"vlac": vlac.__version__, "bars": BARS, "missed": missed, "rows": rows}
             options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(rows)} checkpoints, missed: {', '.join(missed) or 'none'}")
+    refused = sum("refused" in r for r in rows)
+    print(f"{len(rows)} checkpoints, {refused} refused, missed: {', '.join(missed) or 'none'}")
     return 1 if missed else 0
 
 

@@ -109,6 +109,7 @@ def refusals(policy: Policy, layout: Layout, dims: Mapping[str, Dim]) -> list[st
         if isinstance(value, (int, float)) and not key.low <= value <= key.high:
             found.append(f"{key.field} is {value}, the engine takes {key.low:g} to {key.high:g} ({key.name})")
     found += [] if found else relations(layout, dims)
+    found += [] if found else layout.hazards(dims)[0]
     return found + _flow_refusals(policy) + _unspoken(policy, layout)
 
 
@@ -336,7 +337,8 @@ def emit(
     if sidecars.golden is not None:
         rows.append((GOLDEN, "i8", (len(sidecars.golden),)))
         crcs[GOLDEN] = tensor_checksum("i8", (len(sidecars.golden),), sidecars.golden)
-    manifest = {**sidecars.manifest, "files": {}, "dialect": dialect, "notes": list(layout.notes), "crc32": crcs}
+    notes = [*layout.notes, *layout.hazards(dims)[1]]
+    manifest = {**sidecars.manifest, "files": {}, "dialect": dialect, "notes": notes, "crc32": crcs}
     name, texts = naming(manifest)
     kv = _metadata(layout, _values(layout, dims), texts, file_type, sidecars)
     crcs["keys"] = key_checksum(kv)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from vlac.gguf import GGML_TYPES
 from vlac.gguf_dialects import Check, Key, Layout, Row
 from vlac.targets._dialect_rows import CROSS_MEMORY, both, decoder, tower
+from vlac.targets._qvac_memory import hazards
 
 _COMPUTE_ONLY = ("q8_1", "q8_k", "i8", "i16", "i32", "i64", "f64", "nvfp4", "q1_0")
 _ANY = tuple(name for name, _, _ in GGML_TYPES.values() if name not in _COMPUTE_ONLY)
@@ -28,7 +29,7 @@ _FORBIDDEN = (
 _NOTES = (
     "the engine applies no statistics: give it a normalised state, unnormalise its actions",
     "it resizes and tokenises nothing: pixels CHW in [-1, 1] at the model's size, the task ends with a newline",
-    "0.27.1 answers wrongly after the first flow step for some sizes (seen: 4 layers, widths of 256): try yours in it",
+    "0.27 overwrites its masks in the flow for some sizes; `vlac inspect --dialect qvac` tells with which prompts",
 )
 
 
@@ -194,6 +195,7 @@ SMOLVLA = Layout(
     case_insensitive=True,
     nameless=True,
     notes=_NOTES,
+    hazards=hazards,
 )
 
 # --- pi0.5 -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from vlac.formats import decode
 from vlac.gguf import Value, read_gguf
 from vlac.gguf_dialects import check_file, detect, dialects, examine, layout_of, layouts
 from vlac.registry import ReadOptions, families
+from vlac.targets._qvac_memory import hazards
 
 Edit = Callable[[dict[str, Value], Tensors], Any]
 
@@ -585,6 +586,41 @@ def test_qvac_knows_pi05_in_the_published_widths_only(tmp_path: Path) -> None:
     other = pi_files.write(tmp_path / "pi0", "pi0", pi_files.NARROW)
     with pytest.raises(Unsupported, match=r"no layout for family pi0: QVAC's engine runs .* it has: smolvla, pi05"):
         compiled(other, tmp_path / "out.gguf", spec={"vision.num_attention_heads": "2"})
+
+
+PUBLISHED = {
+    "flow.num_steps": 10,
+    "expert.num_hidden_layers": 16,
+    "self_attn_every_n_layers": 2,
+    "chunk_size": 50,
+    "expert.num_attention_heads": 15,
+    "expert.num_key_value_heads": 5,
+    "expert.hidden_size": 720,
+    "expert.intermediate_size": 2048,
+    "max_action_dim": 32,
+    "scale_factor": 4,
+    "vision.image_size": 512,
+    "vision.patch_size": 16,
+}
+
+
+def test_sizes_at_which_qvacs_engine_overwrites_its_masks() -> None:
+    """None at the published sizes; with few layers some or all prompts; never with a single flow step. Worked out, and
+    held against the engine in tests/test_qvac.py."""
+    assert hazards(PUBLISHED) == ([], [])
+    problems, warnings = hazards({**PUBLISHED, "expert.num_hidden_layers": 2})
+    assert "no prompt is answered right" in problems[0] and not warnings
+    problems, warnings = hazards({**PUBLISHED, "expert.num_hidden_layers": 8, "io.cameras": 3})
+    assert not problems and "with 3 images only prompts of 1-20, 24-48 tokens" in warnings[0]
+    assert hazards({**PUBLISHED, "expert.num_hidden_layers": 2, "flow.num_steps": 1}) == ([], [])
+
+
+def test_a_policy_that_qvacs_engine_answers_wrong_is_refused(tmp_path: Path) -> None:
+    text = {**files.SMALL.text, "num_attention_heads": 3, "hidden_size": 64}
+    shape = dataclasses.replace(files.SMALL, text=text, scale_factor=2)
+    checkpoint = files.write(tmp_path / "small", shape, chunk_size=50, expert_width_multiplier=1.0)
+    with pytest.raises(Unsupported, match="with 2 images no prompt is answered right from the second flow step on"):
+        compiled(checkpoint, tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize("dialect", ["qvac", "vla.cpp"])

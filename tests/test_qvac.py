@@ -1,10 +1,11 @@
 """Files in QVAC's layout, run by QVAC's own engine and held against vlac's fp32 reference.
 
-The engine takes tens of seconds a process on two cores, so there are few of these, each with several calls.
+Without a C compiler (tests/qvac_peer.py) the engine takes tens of seconds a process: few tests, of several calls.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from vlac.gguf_dialects import check_file
 from vlac.goldens import answer, synthetic
 from vlac.policy import Policy
 from vlac.registry import silent
+from vlac.targets._qvac_memory import LONGEST, right_prompts
 
 pytestmark = [pytest.mark.qvac, pytest.mark.skipif(bool(qvac_peer.reason()), reason=qvac_peer.reason() or "there")]
 
@@ -99,6 +101,26 @@ def test_pi05_answers_as_our_reference(tmp_path: Path, target: str, least: float
     print(f"{target}: cosine {found:.9f}, max|d|/max {worst:.2e}")
     assert hparams["stateInputMode"] == "discrete" and hparams["numCameras"] == len(policy.io.cameras)
     assert found >= least and worst <= most
+
+
+@pytest.mark.parametrize(("layers", "chunk"), [(2, 8), (4, 5), (6, 24)])
+def test_prompts_that_the_engine_answers_wrong_are_known(tmp_path: Path, layers: int, chunk: int) -> None:
+    """Whether its allocator puts something on a mask, worked out for every length of the prompt and held against it."""
+    text = {**files.ENGINE.text, "num_hidden_layers": layers, "num_attention_heads": 3, "hidden_size": 160}
+    shape = dataclasses.replace(files.ENGINE, text=text, cameras={"top": (32, 32)})
+    checkpoint = files.write(tmp_path / "small", shape, chunk_size=chunk, expert_width_multiplier=0.5)
+    policy = read_policy(str(checkpoint))
+    result = vlac.compile(checkpoint, target="gguf-f32", out=tmp_path / "out.gguf", dialect="qvac", goldens=1)
+    assert result.path is not None
+    right = right_prompts(check_file(result.path, "qvac").dims, 1)
+    answered, _ = answer(policy, synthetic(policy.io, 1, seed=3), silent)
+    (call,) = asked(policy, answered)
+    lengths = range(len(call["tokens"]), LONGEST + 1, 5)
+    more = [(0, n - len(call["tokens"])) for n in lengths]
+    calls = [{**call, "tokens": np.pad(call["tokens"], m), "mask": np.pad(call["mask"], m)} for m in more]
+    actions, _ = qvac_peer.run(result.path, calls, policy.io, tmp_path / "run")
+    found = [n for n, a in zip(lengths, actions, strict=True) if cosine([a], [answered[0].chunk_normalised]) > 0.999999]
+    assert found == [n for n in lengths if n in right]
 
 
 def test_a_mutated_file_that_passes_the_check_does_not_end_the_engine(tmp_path: Path) -> None:

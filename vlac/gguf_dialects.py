@@ -105,6 +105,7 @@ class Layout:
         nameless: whether it takes a file without an architecture for this one.
         statistics: the normalisation modes that the engine can apply, none for engines that leave it to the caller.
         notes: what a user of such a file should know.
+        hazards: (problems, warnings) that follow from all dimensions together, tensors' included.
     """
 
     dialect: str
@@ -126,6 +127,7 @@ class Layout:
     case_insensitive: bool = False
     nameless: bool = False
     notes: tuple[str, ...] = ()
+    hazards: Callable[[Dims], tuple[list[str], list[str]]] = lambda dims: ([], [])
 
     @property
     def title(self) -> str:
@@ -245,6 +247,8 @@ def examine(file: GgufFile, layout: Layout) -> Findings:
     if not problems:
         problems += _check_tensors(file, layout, dims)
     if not problems:
+        more = layout.hazards(dims)
+        problems, warnings = problems + more[0], warnings + more[1]
         warnings += _strange_tensors(file, layout, dims) + _unread_keys(file, layout, dims)
     problems += _forbidden(file, layout)
     newer, version = layout.newer
