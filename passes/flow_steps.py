@@ -53,6 +53,11 @@ def grid_times(grid: str, steps: int) -> tuple[float, ...]:
     return times
 
 
+def _enough(policy: Policy) -> int:
+    """Observations to fit on in about two minutes."""
+    return 64 if calibrate.size(policy) <= 20_000_000 else 16
+
+
 def _step_count(solver: str, steps: int) -> int:
     return steps // 2 if solver == "midpoint" else steps
 
@@ -70,7 +75,7 @@ def _requires(policy: Policy, steps: int, solver: str, grid: str, samples: int, 
         raise Inapplicable(f"steps={steps}: midpoint takes two evaluations a step, so an even number")
     if solver == "fitted" and policy.flow.solver == "fitted":
         raise Inapplicable("the sampler is already a fit; fit to the shipped one", remedy="apply flow-steps once")
-    if solver == "fitted" and samples < 2:
+    if solver == "fitted" and samples < 2 and samples:
         raise Inapplicable(f"samples={samples}: a fit is judged on observations held out, at least 2 are needed")
     if solver == "fitted" and steps > FINE // 2:
         raise Inapplicable(f"steps={steps}: a fit takes 1 to {FINE // 2}", remedy="solver=ab2")
@@ -114,7 +119,8 @@ def _apply(
     figures: dict[str, Any] = {"steps_before": len(policy.flow.times), "steps_after": steps}
     if solver == "fitted":
         times = None if grid == AUTO else tuple(round(t, 12) for t in grid_times(grid, steps))
-        flow, fitted = fit(policy, steps, times, calibrate.observations(policy, samples, observations))
+        given = calibrate.observations(policy, samples or _enough(policy), observations)
+        flow, fitted = fit(policy, steps, times, given)
         return policy.replace(flow=flow), {**figures, **fitted}
     if grid in (AUTO, "uniform") and solver == "euler":
         flow = FlowSpec.euler(steps, policy.flow.min_period, policy.flow.max_period)
@@ -145,7 +151,7 @@ FLOW_STEPS = passes.add(
                 AUTO,
                 "times at which steps begin: uniform, cosine, 1+0.7+0.3; auto: uniform, or what a fit finds",
             ),
-            "samples": (int, 16, "with solver=fitted: observations to fit on"),
+            "samples": (int, 0, "with solver=fitted: observations to fit on; 0: 64, of a large policy 16"),
             "observations": (str, "", "an .npz file of them; seeded ones without it"),
         },
         requires=_requires,
