@@ -1,12 +1,16 @@
-"""What this machine has and which engines really work on it, each tried on a small computation in a process of its own.
+"""What this machine has, and which engines and targets really work on it, each tried in a process of its own.
 
-A broken native library can kill the process that loads it; `vlac doctor` must survive that and say which one it was.
+Every engine makes a small computation, every target is written and run by its engines (vlac.doctor_worker). What there
+is to try comes from the engines and the registry. A broken native library can kill the process that loads it; `vlac
+doctor` must survive that and say which one it was.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,18 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from vlac import __version__, machine
+from vlac.board import readers as board
+from vlac.board.reading import Absent, Tree
 from vlac.engines.base import NAMES, get_engine
 from vlac.engines.onnxruntime_engine import NO_TELEMETRY
-from vlac.registry import families, passes, readers, targets
+from vlac.registry import Target, families, passes, readers, targets
+from vlac.runtime.session import ANY_ARTIFACT
 from vlac.tables import pairs, size
-
-PACKAGES: Mapping[str, str] = {
-    "onnxruntime": 'pip install "vlac-compiler[onnx]"',
-    "openvino": 'pip install "vlac-compiler[openvino]"',
-    "ggml": 'pip install "vlac-compiler[gguf]"',
-    "torch": 'pip install "vlac-compiler[compile]"',
-}
-"""Engine -> what brings it."""
 
 COMPILE_SIDE: Mapping[str, str] = {
     "torch": "runs the fp32 reference when compiling and for parity",
@@ -62,7 +61,8 @@ _CHECKS: Mapping[str, str] = {
     "tensorrt": "import tensorrt as t; version = t.__version__; y = want\n"
     "b = t.Builder(t.Logger(t.Logger.ERROR)); n = b.create_network(0); p = t.OnnxParser(n, t.Logger(t.Logger.ERROR))\n"
     "assert p.parse(model) and b.build_serialized_network(n, b.create_builder_config()), 'it builds no plan'",
-    "torch": "import torch; version = torch.__version__\n"
+    "torch": "import torch; c = torch.cuda.is_available()\n"
+    "version = torch.__version__ + (', ' + torch.cuda.get_device_name() if c else ', no CUDA device')\n"
     "y = torch.from_numpy(x).matmul(torch.tensor([[float(i - j) for j in range(3)] for i in range(4)])).numpy()",
     "numpy": "version = np.__version__\ny = x @ (np.arange(4)[:, None] - np.arange(3)[None, :]).astype(np.float32)",
 }
@@ -74,29 +74,98 @@ _CHECK_GGML = (
 
 
 def examine() -> dict[str, Any]:
-    """Machine, engines with their self-tests, and advice, as JSON values. Never raises for a broken engine."""
-    engines = {name: _engine(name) for name in NAMES}
-    emulated = machine.emulation()
+    """Machine, engines and targets with their self-tests, and advice, as JSON values. Never raises for a broken one."""
+    tried = _try_targets()
+    engines = {name: _engine(name, tried) for name in NAMES}
     memory = machine.memory()
-    advice = [f"{name}: {PACKAGES[name]}" for name, e in engines.items() if not e["installed"] and name in PACKAGES]
-    advice += [f"{name} is broken: reinstall it ({PACKAGES[name]})" for name, e in engines.items() if e["broken"]]
+    heat, throttling = board.temperatures(Tree()), board.throttling(Tree())
     side = {name: {"version": _version(name), "for": why} for name, why in COMPILE_SIDE.items()}
-    if not any(e["works"] for name, e in engines.items() if name not in ("torch", "numpy")):
-        advice.append("no engine for a robot works here: install at least one of onnxruntime, openvino, ggml")
     return {
         "vlac": __version__,
         "python": sys.version.split()[0],
         "executable": sys.executable,
         "machine": machine.describe(),
+        "board": {k: str(v) if isinstance(v, Absent) else v for k, v in board.describe(Tree()).items()},
         "available_bytes": memory.get("available", 0),
         "swap_used_bytes": memory.get("swap_used", 0),
-        "emulated": emulated,
-        "temperature_c": machine.temperature(),
-        "throttled": machine.throttled(),
+        "emulated": machine.emulation(),
+        "temperature_c": None if isinstance(heat, Absent) else max(heat.values()),
+        "throttled": None if isinstance(throttling, Absent) else throttling.get("get_throttled"),
         "engines": engines,
+        "targets": {t.name: _target(t, tried, engines) for t in targets.all()},
         "compile_side": side,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k in _VARIABLES},
-        "advice": advice,
+        "advice": _advice(engines, side),
+    }
+
+
+def _advice(engines: Mapping[str, Mapping[str, Any]], side: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Commands that would make more work here."""
+    said = [f"{name}: {e['fix']}" for name, e in engines.items() if not e["installed"] and e["fix"]]
+    said += [f"{name} is broken: reinstall it" for name, e in engines.items() if e["broken"]]
+    if not side["onnx"]["version"]:
+        said.append("to write onnx targets: pip install 'vlac-compiler[onnx]'")
+    if not any(e["works"] for name, e in engines.items() if name not in ANY_ARTIFACT):
+        robots = [n for n in engines if n not in ANY_ARTIFACT]
+        said.append(f"no engine for a robot works here: install at least one of {', '.join(robots)}")
+    return said
+
+
+_COMMAND = re.compile(r"pip install [^;()]+")
+
+
+def _fix(why: str) -> str:
+    """The command that an engine names as its own remedy."""
+    found = _COMMAND.search(why)
+    return found[0].strip() if found else ""
+
+
+# --- every target on every engine ----------------------------------------------------------------------------------
+
+Tried = Mapping[tuple[str, str], Mapping[str, Any]]
+"""(engine, target) -> what vlac.doctor_worker found; engine "-" for a target that was only written."""
+
+
+def _try_targets() -> Tried:
+    here = {name for name in NAMES if not get_engine(name).missing()}
+    asked: dict[str, list[str]] = {}
+    for t in targets.all():
+        for name in [e for e in t.engines if e in here] or ["-"]:
+            asked.setdefault(name, []).append(t.name)
+    return {(name, t): found for name, listed in asked.items() for t, found in _worker(name, listed).items()}
+
+
+def _worker(engine: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Tries targets one after another; where the process dies, goes on behind the one that killed it."""
+    found: dict[str, dict[str, Any]] = {}
+    left = list(names)
+    while left:
+        done = _process([sys.executable, "-m", "vlac.doctor_worker", engine, *left])
+        for line in done.stdout.splitlines():
+            if line.startswith('{"target"'):
+                row = json.loads(line)
+                found[row["target"]] = row
+        left = [n for n in left if n not in found]
+        if left:
+            found[left[0]] = {"target": left[0], "written": False, "works": False, "says": _why(done)}
+            left = left[1:]
+    return found
+
+
+def _target(t: Target, tried: Tried, engines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Whether it can be written here, and what of each of its engines."""
+    rows = {e: tried[e, t.name] for e in (*t.engines, "-") if (e, t.name) in tried}
+    states = {
+        e: ("works" if rows[e]["works"] else rows[e]["says"] or "not run") if e in rows else engines[e]["says"]
+        for e in t.engines
+        if e in engines
+    }
+    said = next((r["says"] for r in rows.values() if not r["written"]), "")
+    return {
+        "written": any(r["written"] for r in rows.values()),
+        "works": any(r["works"] for r in rows.values()),
+        "engines": states,
+        "says": said,
     }
 
 
@@ -111,27 +180,49 @@ _VARIABLES = (
 )
 
 
-def _engine(name: str) -> dict[str, Any]:
+def _engine(name: str, tried: Tried) -> dict[str, Any]:
     missing = get_engine(name).missing()
     if missing:
-        return {"installed": False, "works": False, "broken": False, "version": "", "says": missing}
-    works, said = _try(_CHECK_GGML if name == "ggml" else _CHECK_ONNX.format(model=ONNX_MATMUL, run=_CHECKS[name]))
+        nothing = {"installed": False, "works": False, "broken": False, "version": ""}
+        return {**nothing, "says": missing, "fix": _fix(missing)}
+    works, said = _own_check(name, tried)
     return {
         "installed": True,
         "works": works,
         "broken": not works,
         "version": said if works else "",
         "says": "" if works else said,
+        "fix": "",
     }
+
+
+def _own_check(name: str, tried: Tried) -> tuple[bool, str]:
+    """A computation without any target; of an engine that has none here, its targets."""
+    if name == "ggml":
+        return _try(_CHECK_GGML)
+    if name in _CHECKS:
+        return _try(_CHECK_ONNX.format(model=ONNX_MATMUL, run=_CHECKS[name]))
+    rows = [row for (engine, _), row in tried.items() if engine == name]
+    if any(row["works"] for row in rows):
+        return True, "runs what its targets write"
+    return False, next((row["says"] for row in rows), "no target for it is registered")
 
 
 def _try(code: str) -> tuple[bool, str]:
     """Runs a check in its own interpreter: (it passed, its last line or why it did not)."""
+    done = _process([sys.executable, "-c", code])
+    if done.returncode == 0:
+        return True, (done.stdout.strip().splitlines() or [""])[-1]
+    return False, _why(done)
+
+
+def _process(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """A finished process with telemetry off; return code 124 where it took too long."""
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
+        return subprocess.run(
+            command,
             env=dict([NO_TELEMETRY]) | os.environ | {"PYTHONPATH": path},
             capture_output=True,
             text=True,
@@ -139,12 +230,13 @@ def _try(code: str) -> tuple[bool, str]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return False, f"no answer within {TIMEOUT_S:.0f} s"
-    if done.returncode == 0:
-        return True, (done.stdout.strip().splitlines() or [""])[-1]
+        return subprocess.CompletedProcess(command, 124, "", f"no answer within {TIMEOUT_S:.0f} s")
+
+
+def _why(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode < 0:
-        return False, f"the process was killed by signal {-done.returncode}"
-    return False, (done.stderr.strip().splitlines() or ["it failed without a word"])[-1]
+        return f"the process was killed by signal {-done.returncode}"
+    return (done.stderr.strip().splitlines() or ["it failed without a word"])[-1]
 
 
 def _version(distribution: str) -> str:
@@ -180,13 +272,40 @@ def text(d: Mapping[str, Any]) -> str:
         rows.append(("EMULATED", f"{d['emulated']}; timings mean nothing here"))
     lines = ["machine", *pairs(rows), "", "engines"]
     lines += pairs([(name, _state(e)) for name, e in d["engines"].items()])
+    lines += ["", "targets", *pairs(_target_rows(d["targets"]))]
     lines += ["", "to compile here"]
     lines += pairs([(n, f"{p['version'] or 'not installed'}: {p['for']}") for n, p in d["compile_side"].items()])
     if d["environment"]:
         lines += ["", "environment", *pairs(list(d["environment"].items()))]
     if d["advice"]:
-        lines += ["", "to install", *(f"  {a}" for a in d["advice"])]
+        lines += ["", "to do", *(f"  {a}" for a in d["advice"])]
     return "\n".join(lines)
+
+
+def _target_rows(found: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any]]:
+    """Targets of which the same is to be said on one line."""
+    rows: dict[str, list[str]] = {}
+    for name, t in found.items():
+        good = [e for e, state in t["engines"].items() if state == "works"]
+        bad = [f"{e}: {state}" for e, state in t["engines"].items() if state not in ("works", "not run")]
+        if good:
+            said = f"works on {', '.join(good)}" + "".join(f"; not on {b}" for b in bad)
+        elif t["written"]:
+            said = f"can be written, runs elsewhere: no {' or '.join(t['engines'])} here"
+        else:
+            said = f"cannot be written: {t['says']}"
+        rows.setdefault(said, []).append(name)
+    return [(_shortened(names), said) for said, names in rows.items()]
+
+
+def _shortened(names: list[str]) -> str:
+    """ "gguf-q4, -q8" for names that begin alike."""
+    said = ""
+    for i, name in enumerate(names):
+        family, dash, rest = name.partition("-")
+        alike = i > 0 and dash and names[i - 1].partition("-")[0] == family
+        said += (", " if i else "") + (f"-{rest}" if alike else name)
+    return said
 
 
 def _state(e: Mapping[str, Any]) -> str:

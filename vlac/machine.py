@@ -125,63 +125,6 @@ def _board() -> str:
     return ", ".join(p for p in (model, release, mode) if p)
 
 
-# --- while it runs ---------------------------------------------------------------------------------------------
-
-
-def temperature() -> float | None:
-    """The hottest CPU or SoC zone in degrees Celsius."""
-    values = []
-    for zone in sorted(Path("/sys/class/thermal").glob("thermal_zone*")):
-        text = read_text(zone / "temp")
-        if text.lstrip("-").isdigit() and 0 < int(text) < 150_000:
-            values.append(int(text) / 1000)
-    return max(values) if values else None
-
-
-def frequency() -> float | None:
-    """The slowest core's present clock in MHz (the slowest one holds up all threads)."""
-    values = []
-    for file in sorted(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")):
-        text = read_text(file)
-        if text.isdigit():
-            values.append(int(text) / 1000)
-    return min(values) if values else None
-
-
-def throttled() -> int | None:
-    """Raspberry Pi's get_throttled bits: 0 under-voltage, 1 capped, 2 throttled, 3 soft limit; 16-19 since boot."""
-    for file in sorted(Path("/sys/devices/platform").glob("**/get_throttled"))[:1] if _raspberry() else []:
-        text = read_text(file)
-        if text:
-            return int(text, 16)
-    text = _ask("vcgencmd", "get_throttled") if _raspberry() else ""
-    _, _, bits = text.partition("=")
-    try:
-        return int(bits, 16)
-    except ValueError:
-        return None
-
-
-def _raspberry() -> bool:
-    return "raspberry" in read_text("/proc/device-tree/model").lower()
-
-
-def load_average() -> float | None:
-    """Processes that wanted a CPU over the last minute."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def sample() -> dict[str, Any]:
-    """One look at everything that moves."""
-    return {
-        "temperature": temperature(),
-        "frequency": frequency(),
-        "throttled": throttled(),
-        "load": load_average(),
-        "swap": memory().get("swap_used"),
-    }
-
-
 def _ask(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout.strip()

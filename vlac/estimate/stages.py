@@ -87,10 +87,12 @@ def attentions(probes: Probes, template: Node, head_dim: int) -> dict[str, float
     for queries, keys in ATTENTION:
 
         def draw(b: StageBuilder, queries: int = queries, keys: int = keys) -> str:
-            rows, others = probes.rows(queries), probes.rows(keys)
+            # without a mask all patches of a picture attend to one another: their number is known beforehand
+            masked = len(template.inputs) > 3
+            rows, others = (probes.rows(queries), probes.rows(keys)) if masked else (queries, keys)
             q = b.input("state", "f32", rows, heads * head_dim)
             k, v = (b.input(n, "f32", others, groups * head_dim) for n in ("noise", "pixels"))
-            masks = [b.input("token_valid", "bool", rows, others)] if len(template.inputs) > 3 else []
+            masks = [b.input("token_valid", "bool", rows, others)] if masked else []
             for _ in range(2):
                 q = b.op("attention", q, k, v, *masks, **a)
             return q
