@@ -62,7 +62,7 @@ def main(request: str, answers: str) -> None:
             said[name] = {"refused": error.message}
             continue
         arrays |= {f"{name}/{k}": v for k, v in made.items()}
-        said[name] = {k: v for k, v in info.items() if isinstance(v, str | int | bool)}
+        said[name] = {k: v for k, v in info.items() if isinstance(v, str | int | bool) and k != "artifact"}
     info = {
         "emulated": machine.emulation(),
         "machine": platform.machine(),
