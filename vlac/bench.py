@@ -7,6 +7,7 @@ checked (UNVERIFIED).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,7 +39,7 @@ RUNS, LEAST, BUDGET_S = 30, 10, 60.0
 PERCENTILES = (50, 90, 95, 99)
 SUSTAIN_S = 600.0
 """A sustained run that has not settled by then is reported as it is."""
-ENDING_S = 15.0
+ENDING_S = 30.0
 """How long the process that looks at the board may take to end."""
 
 
@@ -149,7 +150,8 @@ def watched(command: Sequence[str], tree: Tree) -> tuple[int, str, list[Look]]:
                 sampler.stdout.readline()  # its first look is done
                 code = _wait(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors))
                 sampler.stdin.close()
-                sampler.wait(ENDING_S)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    sampler.wait(ENDING_S)
             finally:
                 sampler.kill()
         errors.seek(0)

@@ -1,7 +1,6 @@
-"""What the machine tells about itself without root: CPU, memory, board, temperature, clocks, throttling, emulation.
+"""What the machine is, told without root: CPU, memory, board, emulation. What moves while it works is vlac.board's.
 
-Every reader tolerates absence: a board that does not tell gives None or "", never a guess. Files are Linux sysfs and
-procfs paths (Documentation/ABI of the kernel); Raspberry Pi bits as the firmware documents them for get_throttled.
+Every reader tolerates absence: a machine that does not tell gives "" or nothing, never a guess.
 """
 
 from __future__ import annotations
