@@ -12,6 +12,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -266,10 +267,18 @@ def fit(dialect: str, plan: Plan, policy: Policy, program: Program) -> tuple[Pro
     ordered = assign_formats(program, plan, policy.precision).params
     planned = assign_formats(program, plan).params
     params, requested = dict(program.params), {}
-    for _, ours, row, shape, _ in _stored_rows(policy, layout)[0]:
+    stored = _stored_rows(policy, layout)[0]
+    most, pattern, finer = layout.small
+    coarser = any(get_format(p.format).bits < 8 for p in planned.values())
+    small = not coarser and sum(math.prod(shape) for _, _, _, shape, _ in stored) < most
+    for _, ours, row, shape, _ in stored:
         if ours not in params:
             continue
         wanted = ordered[ours].format
+        if small and wanted == planned[ours].format == "q8_0" and fnmatchcase(ours, pattern):
+            params[ours] = dataclasses.replace(params[ours], format=_choose(finer, row, layout, shape[-1]))
+            requested[ours] = params[ours].format
+            continue
         realised = _choose(wanted, row, layout, shape[-1])
         params[ours] = dataclasses.replace(params[ours], format=realised)
         requested[ours] = wanted if wanted != planned[ours].format else realised

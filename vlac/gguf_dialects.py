@@ -105,6 +105,7 @@ class Layout:
         nameless: whether it takes a file without an architecture for this one.
         statistics: the normalisation modes that the engine can apply, none for engines that leave it to the caller.
         notes: what a user of such a file should know.
+        small: (values, pattern, format): in 8-bit files of fewer values, names that match have this format instead.
         hazards: (problems, warnings) that follow from all dimensions together, tensors' included.
     """
 
@@ -127,6 +128,7 @@ class Layout:
     case_insensitive: bool = False
     nameless: bool = False
     notes: tuple[str, ...] = ()
+    small: tuple[int, str, str] = (0, "", "")
     hazards: Callable[[Dims], tuple[list[str], list[str]]] = lambda dims: ([], [])
 
     @property
