@@ -6,6 +6,7 @@ and what comes before the network (pictures, text), which no count tells and whi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from vlac.artifact import open_artifact
 from vlac.bench_worker import inputs_of
 from vlac.errors import InputError, Unsupported
 from vlac.estimate import dispatch, probe
+from vlac.graph import Program, Repeat
 from vlac.registry import Progress, silent
 from vlac.runtime.inputs import Prepared, prepare
 from vlac.runtime.session import Session, choose_engine, load
 from vlac.tables import markdown, number
-from vlac.work import stage_works
+from vlac.work import StageWork, stage_works
 
 CLOSE = 0.25
 """A prediction within a quarter of what is measured counts as close."""
@@ -68,9 +70,9 @@ def calibrate(
             ready = _prepared(session, given)
             befores.append(now() - began)
             progress("measuring chunks", i, count)
-        info = dict(session.info)
+        info, chosen = dict(session.info), 0 if session.tokens is None else len(session.tokens)
     before = float(np.median(befores[1:]))
-    works = stage_works(artifact.program, ready.symbols)
+    works = _run_here(stage_works(artifact.program, ready.symbols), artifact.program, chosen)
     stages = {w.name: 1e3 * costs.stage(w) for w in works}
     around = dispatch.seconds(artifact.program, ready.env, ready.symbols, now)
     predicted = sum(stages.values()) + 1e3 * (before + around)
@@ -96,6 +98,12 @@ def calibrate(
         "runs": count,
         "costs": _figures(costs),
     }
+
+
+def _run_here(works: list[StageWork], program: Program, chosen: int) -> list[StageWork]:
+    """A loop that ends when it chooses to, ran for as many turns as it chose tokens."""
+    open_ended = {s.stage for s in program.schedule.steps if isinstance(s, Repeat) and s.until} if chosen else set()
+    return [replace(w, runs=min(w.runs, chosen)) if w.name in open_ended else w for w in works]
 
 
 def _prepared(session: Session, given: dict[str, Any]) -> Prepared:
