@@ -384,6 +384,22 @@ def test_the_number_of_processes_changes_no_result(artifact: Path) -> None:
 
 
 @needs_sim
+def test_real_time_chunking_thinks_all_the_time(artifact: Path) -> None:
+    """Under latency the next inference begins when the last one's chunk is there, unless it is told otherwise."""
+    for more, rows in (
+        ({"delay": 300.0}, 3),
+        ({"delay": 900.0}, 8),
+        ({}, 8),
+        ({"delay": 300.0, "n_action_steps": 5}, 5),
+    ):
+        report = evaluate(artifact / "out", PUSH_CUBES, episodes=1, rtc=True, **more)
+        assert report["n_action_steps"] == rows, more
+        pace = max(rows, report["delay"]["steps"])
+        assert report["inferences"] == -(-report["rows"][0]["steps"] // pace)
+    assert evaluate(artifact / "out", PUSH_CUBES, episodes=1, delay=300.0)["n_action_steps"] == 8
+
+
+@needs_sim
 def test_eval_refuses_what_it_cannot_do(artifact: Path, command: Any, golden: Any) -> None:
     for args, message in (
         (("push-cubes", artifact / "out", "--seed", 99_990), "unseen starts are 0..99999"),

@@ -299,7 +299,8 @@ def evaluate(
 
     Args:
         against: another artifact or checkpoint: the same episodes with the same noise, for a paired difference.
-        n_action_steps: rows executed per chunk; None = as the policy says.
+        n_action_steps: rows executed per chunk; None = as the policy says, and with rtc under latency no more than the
+            delay: the next inference begins when the last one's chunk is there.
         delay: milliseconds an inference takes on the robot's clock; "measured" = the median measured here first.
         engine: of `path`; `against` takes its best.
         threads: of each engine; None = 1, so that the number of workers changes no result.
@@ -318,9 +319,10 @@ def evaluate(
     driver, world = open_driver(path, engine, threads or 1), open_world(adapter)
     try:
         facts = {**driver.facts, **_kind(path)}
-        n = n_action_steps or driver.io.n_action_steps
         waited = _delay(delay, driver, world, seeds, progress)
-        plan = Plan(n, math.ceil(waited["ms"] * world.fps / 1e3), rtc, guidance or {})
+        steps = math.ceil(waited["ms"] * world.fps / 1e3)
+        n = n_action_steps or min(driver.io.n_action_steps, steps if rtc and steps else driver.io.n_action_steps)
+        plan = Plan(n, steps, rtc, guidance or {})
         _fits(np.zeros((driver.io.chunk_size, driver.io.action_dim)), plan, world)
         told = instructions(world, seeds, control)
         fps, longest = world.fps, world.max_steps
