@@ -129,7 +129,8 @@ def eval_command(
     episodes: Annotated[int, typer.Option(min=1, help="How many.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first episode; the others follow.")] = 0,
     n_action_steps: Annotated[
-        int | None, typer.Option(min=1, help="Actions executed of each chunk; default: as the policy says.")
+        int | None,
+        typer.Option(min=1, help="Actions executed of each chunk; default: as the policy says, with --rtc the delay."),
     ] = None,
     delay: Annotated[
         str | None,
