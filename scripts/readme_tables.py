@@ -51,6 +51,8 @@ def precision(report: dict[str, Any]) -> list[str]:
 def smolvla_cpu(report: dict[str, Any]) -> list[str]:
     rows = []
     for r in report["rows"]:
+        if "cold" not in r:
+            continue  # failed: why stands in the JSON
         cold, shares = r["cold"], r.get("of_cold_wall", {})
         figures = [f"{cold['ratio']['wall_s']:.2f}", f"{sorted(cold['wall_s'])[len(cold['wall_s']) // 2]:.2f}"]
         figures += [f"{shares[k]:.2f}" if k in shares else "" for k in ("camera", "state")]

@@ -37,12 +37,12 @@ def write(folder: Path, name: str, array: np.ndarray) -> str:
 
 
 def call_of(arrays: np.lib.npyio.NpzFile, folder: Path) -> tuple[dict[str, object], int]:
-    """The files of one call, and how many numbers an action has in the noise."""
+    """The files of one call, and how many actions a chunk has."""
     images = [arrays[k] for k in sorted(k for k in arrays.files if k.startswith("image"))]
     kinds = {"state": "<f4", "tokens": "<i4", "mask": "u1", "noise": "<f4"}
     call: dict[str, object] = {k: write(folder, k, arrays[k].reshape(-1).astype(t)) for k, t in kinds.items()}
     call["images"] = [write(folder, f"image{i}", x.astype("<f4")) for i, x in enumerate(images)]
-    return call | {"size": images[0].shape[-1], "out": str(folder / "out")}, arrays["noise"].shape[-1]
+    return call | {"size": images[0].shape[-1], "out": str(folder / "out")}, arrays["noise"].shape[-2]
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
             for line in sys.stdin:
                 request = json.loads(line)
                 with np.load(request["npz"]) as arrays:
-                    call, width = call_of(arrays, folder)
+                    call, rows = call_of(arrays, folder)
                 before = used(engine.pid)[0]
                 engine.stdin.write(json.dumps(call) + "\n")
                 engine.stdin.flush()
@@ -72,7 +72,7 @@ def main() -> None:
                 if not reply:
                     sys.exit(f"QVAC's engine ended with {engine.wait()}")
                 cpu, peak, private = used(engine.pid)
-                actions = np.fromfile(folder / "out", "<f4").reshape(-1, width)
+                actions = np.fromfile(folder / "out", "<f4").reshape(rows, -1)
                 np.save(request["out"], actions)
                 seconds = {"wall_s": json.loads(reply)["ms"] / 1e3, "cpu_s": cpu - before}
                 print(json.dumps(seconds | {"peak_mb": peak, "private_mb": private}), flush=True)
