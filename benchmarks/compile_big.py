@@ -2,7 +2,7 @@
 
 python benchmarks/compile_big.py [--work DIR] [--family openvla|pi0] [--layers N] [TARGET ...]
 
-Per family and target, in a fresh process: peak resident memory (getrusage), wall and CPU time, sizes; besides, the most
+Per family and target, in a fresh process: peak resident memory (VmHWM), wall and CPU time, sizes; besides, the most
 that the output's folder ever held, sampled every half second: what is above the artifact's size was a temporary copy.
 Writes benchmarks/results/compile_big.json (rows that are not asked for stay). Disk: 15.1 GB for OpenVLA and its largest
 artifact, less for pi0; each checkpoint is deleted when its targets are done. --layers is a trial and writes nothing.
@@ -23,7 +23,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from compile_full_size import machine, size_mb, versions
+from compile_full_size import machine, peak_mb, size_mb, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "compile_big.json"
@@ -45,7 +45,7 @@ def compile_once(family: str, checkpoint: str, target: str, out: str) -> dict[st
     return {
         "compile_s": round(seconds, 1),
         "cpu_s": round(used.ru_utime + used.ru_stime, 1),
-        "peak_rss_gb": round(used.ru_maxrss * 1024 / 1e9, 2),
+        "peak_rss_gb": round(peak_mb() / 1e3, 2),
         "parameters": made.manifest["parameters"],
         "formats": {k: v["values"] for k, v in made.manifest["census"]["formats"].items()},
     }

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,8 +30,8 @@ PACKAGES = ("vlac-compiler", "numpy", "torch", "onnx", "onnxruntime", "openvino"
 
 
 def peak_mb() -> float:
-    """Peak resident memory of this process, in 10^6 bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    """Peak resident memory of this process, in 10^6 bytes; ru_maxrss would be its parent's as well, through exec."""
+    return resident_mb("VmHWM")
 
 
 def resident_mb(field: str = "VmRSS") -> float:

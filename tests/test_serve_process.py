@@ -21,6 +21,7 @@ for module in ("fastapi", "uvicorn", "websockets", "msgpack", "grpc", "gymnasium
 pytest.importorskip("torch")
 pytest.importorskip("pyarrow")
 
+from checkpoint_files import edit_tensors
 from conftest import ROOT
 from test_serve import Remote, Server, as_json, client, cubes, get, post  # noqa: F401  (cubes is a fixture)
 from test_serve_lerobot import RemotePolicyConfig, Stub, TimedObservation, as_lerobot  # noqa: F401
@@ -38,16 +39,15 @@ Seen = dict[str, Any]
 @pytest.fixture(scope="module")
 def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """push-cubes with eight times the actions: far from the reference, and out of the joints' range."""
-    from safetensors.numpy import load_file, save_file
-
     from vlac.api import compile
+
+    def louder(tensors: dict[str, Any]) -> None:
+        for name in ("model.action_out_proj.weight", "model.action_out_proj.bias"):
+            tensors[name] = (tensors[name] * 8).astype(tensors[name].dtype)
 
     folder = tmp_path_factory.mktemp("wild")
     shutil.copytree(ZOO, folder / "ckpt")
-    tensors = load_file(folder / "ckpt" / "model.safetensors")
-    for name in ("model.action_out_proj.weight", "model.action_out_proj.bias"):
-        tensors[name] = (tensors[name] * 8).astype(tensors[name].dtype)
-    save_file(tensors, folder / "ckpt" / "model.safetensors")
+    edit_tensors(folder / "ckpt" / "model.safetensors", louder)
     compile(str(folder / "ckpt"), target="onnx-int4", out=folder / "out")
     return folder / "out"
 
