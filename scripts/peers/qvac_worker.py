@@ -23,7 +23,9 @@ INSTALLED = Path(__file__).resolve().parents[2] / ".venv-qvac"
 
 
 def used(pid: int) -> tuple[float, float, float]:
-    """(CPU seconds, peak MB, private MB) of a process."""
+    """(CPU seconds, peak MB, private MB) of a process, or of the one that it started: `bare` is a launcher."""
+    while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        pid = int(children[0])
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     peak, private = (int(status[k].split()[0]) * 1024 / 1e6 for k in ("VmHWM", "RssAnon"))
