@@ -29,6 +29,7 @@ from vlac import calibrate
 from vlac.api import apply_passes, lower_for
 from vlac.artifact import Golden
 from vlac.checkpoint import read_policy
+from vlac.engines.base import EngineSession
 from vlac.formats import FORMATS
 from vlac.goldens import reference_session, synthetic
 from vlac.graph import Program
@@ -76,12 +77,18 @@ def unseen(io: IO, count: int) -> dict[str, tuple[Golden, ...]]:
     return {"starts": tuple(starts), "moments": tuple(moments)}
 
 
-def chunks(policy: Policy, given: Sequence[Golden]) -> tuple[Program, list[np.ndarray]]:
-    """The lowered program and its normalised chunks [N, action_dim], weights rounded as they are stored."""
+def as_stored(policy: Policy) -> tuple[Program, EngineSession]:
+    """The lowered program, and a session of the reference in which weights are rounded as they are stored."""
     program, _, _ = lower_for(policy, targets.get("gguf-f32"), {})
     kept = {n: program.params[n].format for n in program.params if program.params[n].format != "f32"}
     changed = {n: program.weights[n].map(lambda w, f=f: stored(w, f)) for n, f in kept.items()}
     session = reference_session(program.replace(weights=program.weights.with_(**changed)), threads=1)
+    return program, session
+
+
+def chunks(policy: Policy, given: Sequence[Golden]) -> tuple[Program, list[np.ndarray]]:
+    """The lowered program and its normalised chunks [N, action_dim], weights rounded as they are stored."""
+    program, session = as_stored(policy)
     found = []
     for o in given:
         ready = prepared(policy.io, policy.tokenizer, program, o)

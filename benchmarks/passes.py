@@ -25,19 +25,19 @@ from typing import Any
 
 import numpy as np
 from compile_full_size import ROOT, machine, versions
+from int4 import as_stored
 from visual_tokens import divided
 
 from vlac import calibrate
-from vlac.api import apply_passes, lower_for
+from vlac.api import apply_passes
 from vlac.checkpoint import read_policy
 from vlac.errors import Inapplicable
 from vlac.formats import FORMATS
-from vlac.goldens import reference_session, synthetic
+from vlac.goldens import synthetic
 from vlac.graph import Call, Program, Repeat, infer_stage
-from vlac.passes.mixed_precision import stored
 from vlac.policy import Policy
 from vlac.recorded import Recorded
-from vlac.registry import ReadOptions, targets
+from vlac.registry import ReadOptions
 from vlac.runtime.inputs import prepared
 from vlac.runtime.session import execute
 
@@ -116,10 +116,7 @@ SECONDS: list[float] = []
 
 def chunks(policy: Policy, given: Sequence[Any]) -> tuple[Program, list[np.ndarray]]:
     SECONDS.clear()
-    program, _, _ = lower_for(policy, targets.get("gguf-f32"), {})
-    kept = {n: program.params[n].format for n in program.params if program.params[n].format != "f32"}
-    changed = {n: program.weights[n].map(lambda w, f=f: stored(w, f)) for n, f in kept.items()}
-    session = reference_session(program.replace(weights=program.weights.with_(**changed)), threads=1)
+    program, session = as_stored(policy)
     found = []
     for o in given:
         ready = prepared(policy.io, policy.tokenizer, program, o)

@@ -40,12 +40,20 @@ Emit = Callable[["StageEmitter", Node, str], object]
 EMITTERS: dict[str, Emit] = {}
 
 
-def _emits(*ops: str) -> Callable[[Emit], Emit]:
-    def register(fn: Emit) -> Emit:
-        EMITTERS.update(dict.fromkeys(ops, fn))
-        return fn
+def emits_into(table: dict[str, Emit]) -> Callable[..., Callable[[Emit], Emit]]:
+    """A decorator that puts a function into the table under the names of the ops that it writes."""
 
-    return register
+    def emits(*ops: str) -> Callable[[Emit], Emit]:
+        def register(fn: Emit) -> Emit:
+            table.update(dict.fromkeys(ops, fn))
+            return fn
+
+        return register
+
+    return emits
+
+
+_emits = emits_into(EMITTERS)
 
 
 class StageEmitter:

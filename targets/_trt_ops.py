@@ -11,7 +11,6 @@ Dialect 10.16 has RMSNormalization, RotaryEmbedding and, in half precision, Atte
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,7 @@ from vlac.graph import Node
 from vlac.layouts import INT4, bf16_from_f32
 from vlac.targets._onnx_extents import sources
 from vlac.targets._onnx_graph import Weight, onnx_type
-from vlac.targets._onnx_ops import EMITTERS, MASKED, Emit, StageEmitter, _angles, _columns
+from vlac.targets._onnx_ops import EMITTERS, MASKED, Emit, StageEmitter, _angles, _columns, emits_into
 
 ONNX_TYPES = {"f32": "FLOAT", "f16": "FLOAT16", "bf16": "BFLOAT16"}
 MASKED_HALF = -3e4
@@ -170,12 +169,7 @@ class TensorRTEmitter(StageEmitter):
 _OWN: dict[str, Emit] = {}
 
 
-def _emits(*ops: str) -> Callable[[Emit], Emit]:
-    def register(fn: Emit) -> Emit:
-        _OWN.update(dict.fromkeys(ops, fn))
-        return fn
-
-    return register
+_emits = emits_into(_OWN)
 
 
 def _trt(e: StageEmitter) -> TensorRTEmitter:

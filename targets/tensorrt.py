@@ -34,7 +34,7 @@ from vlac.targets._onnx_graph import Graph
 from vlac.targets._onnx_ranges import Range, ranges
 from vlac.targets._trt_activations import fixed
 from vlac.targets._trt_ops import TensorRTEmitter
-from vlac.targets.onnx import STATIC_OPS, _need_onnx
+from vlac.targets.onnx import CONTAINERS, STATIC_OPS, _need_onnx
 
 DIALECTS = {"10.3": 20, "10.16": 23}
 """Dialect -> opset; a stage with 4-bit weights has 21 at least."""
@@ -48,14 +48,6 @@ PLANS = {
     "-int4": ("int4g128", "f16", "f16"),
 }
 """Suffix -> formats of linears and embedding tables, and the half precision; everything else is float32."""
-CONTAINERS = {
-    "w4g16": "int4g16",
-    "w4g32": "int4",
-    "w4g64": "int4g64",
-    "w4g128": "int4g128",
-    "w4row": "int4g128",
-    "w8row": "int8",
-}
 LEAST_SM = {"fp8": 89, "bf16": 80, **dict.fromkeys(INT4, 80)}
 """Format or type -> compute capability times ten from which GPUs have it; 75 for all others."""
 
