@@ -3,7 +3,8 @@
 Standard ops throughout. Linears with int8 weights have two forms over the same bytes: "integer" quantises activations
 per row and multiplies integers (com.microsoft MatMulIntegerToFloat: the fast way in ONNX Runtime), "portable" says
 DequantizeLinear + MatMul (OpenVINO compresses it; any engine runs it). "integer" also attends on integers where that is
-faster (see _onnx_attention.py); "linears" is "integer" without that. "unrounded" is "portable" whose activations stay
+faster (see _onnx_attention.py); "linears" is "integer" without that. "fused" is "portable" with long attention as one
+op of ONNX Runtime's, as in "linears". "unrounded" is "portable" whose activations stay
 float where the program fixes their scales: for engines that would take them for a licence to saturate.
 """
 
@@ -23,7 +24,7 @@ from vlac.formats import FORMATS
 from vlac.graph import Node, Program, Stage, infer_stage
 from vlac.layouts import INT4
 from vlac.ops import DTYPES, OPS, Type
-from vlac.targets._onnx_attention import emit_integer_attention, integer_attention
+from vlac.targets._onnx_attention import LONG_ATTENTION, long_attention
 from vlac.targets._onnx_extents import emit_dim, is_static
 from vlac.targets._onnx_graph import MICROSOFT, Graph, Weight, onnx_type
 from vlac.targets._onnx_parts import emit_part, parted
@@ -63,7 +64,7 @@ class StageEmitter:
         graph: where nodes go.
         program: what symbols it has left become free dimensions of the graph.
         ranges: of the stage's integer values (vlac.targets._onnx_ranges).
-        form: "portable", "integer", "linears" or "unrounded", see above.
+        form: "portable", "fused", "integer", "linears" or "unrounded", see above.
         given: names in the graph of the stage's inputs; prefix: before every name this emitter makes.
     """
 
@@ -147,7 +148,7 @@ class StageEmitter:
         return all(self._reads_codes(n, node.name) for n in self.stage.nodes if node.name in n.inputs)
 
     def _reads_codes(self, reader: Node, operand: str) -> bool:
-        if self.form == "integer" and integer_attention(reader, self.types):
+        if self.form == "integer" and long_attention(reader, self.types):
             return operand not in reader.inputs[2:]
         return self.integer(reader) and reader.inputs[0] == operand
 
@@ -511,12 +512,12 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
         return
     if n.attr["form"] == "tensor":
         scale, zero = e.f32(n.attr["largest"] / 127), e.graph.const(0, np.int8)
-        cut = e.node("Clip", [x, e.f32(-n.attr["largest"]), e.f32(n.attr["largest"])], e.tmp(out, "cut"))
         if e.form in ("integer", "linears"):  # ONNX Runtime moves the pair through reshapes and gets its types wrong
-            codes = e.node("Round", [e.node("Div", [cut, scale], e.tmp(out, "ratio"))], e.tmp(out, "codes"))
+            whole = e.node("Round", [e.node("Div", [x, scale], e.tmp(out, "ratio"))], e.tmp(out, "whole"))
+            codes = e.node("Clip", [whole, e.f32(-128.0), e.f32(127.0)], e.tmp(out, "codes"))
             e.node("Mul", [codes, scale], out)
             return
-        codes = e.node("QuantizeLinear", [cut, scale, zero], e.tmp(out, "codes"))
+        codes = e.node("QuantizeLinear", [x, scale, zero], e.tmp(out, "codes"))
         e.node("DequantizeLinear", [codes, scale, zero], out)
         return
     pad = -width % 32 if n.attr["form"] == "block32" else 0
@@ -536,6 +537,12 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     joined = e.reshape(whole, e.tmp(out, "joined") if pad else out, rows if rows > 0 else -1, width + pad)
     if pad:
         e.node("Slice", [joined, e.i64(0), e.i64(width), e.i64(1)], out)
+
+
+@_emits("round_f16")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    half = e.node("Cast", [e(n.inputs[0])], e.tmp(out, "half"), to=onnx_type("FLOAT16"))
+    e.node("Cast", [half], out, to=onnx_type("FLOAT"))
 
 
 @_emits("round_fp8")
@@ -569,8 +576,8 @@ def _quantize_rows(e: StageEmitter, x: str) -> tuple[str, str]:
 @_emits("attention")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     """Decomposed; the query heads of one key head become rows of one matrix, so K and V are never repeated."""
-    if e.form == "integer" and integer_attention(n, e.types):
-        emit_integer_attention(e, n, out)
+    if e.form in LONG_ATTENTION and long_attention(n, e.types):
+        LONG_ATTENTION[e.form](e, n, out)
         return
     heads, groups = n.attr["heads"], n.attr["kv_heads"]
     per = heads // groups

@@ -23,7 +23,7 @@ from vlac.graph import Node
 from vlac.layouts import INT4, bf16_from_f32
 from vlac.targets._onnx_extents import sources
 from vlac.targets._onnx_graph import Weight, onnx_type
-from vlac.targets._onnx_ops import EMITTERS, MASKED, Emit, StageEmitter, _angles, _columns, emits_into
+from vlac.targets._onnx_ops import EMITTERS, MASKED, Emit, StageEmitter, _angles, _columns, _rope_tables, emits_into
 
 ONNX_TYPES = {"f32": "FLOAT", "f16": "FLOAT16", "bf16": "BFLOAT16"}
 MASKED_HALF = -3e4
@@ -62,6 +62,8 @@ class TensorRTEmitter(StageEmitter):
     def write(self, node: Node) -> None:
         """One node in the type that its op wants; a stage's outputs are float32."""
         is_float = self.types[node.name].dtype == "f32"
+        if node.op == "round_f16" and self._is_f16(node):
+            return
         kind = self._kind_of(node) if is_float else "f32"
         leaves = node.name in self.stage.outputs and kind != "f32"
         out = self.graph.unique(self._prefix + (f"{node.name}/{kind}" if leaves else node.name))
@@ -75,9 +77,19 @@ class TensorRTEmitter(StageEmitter):
             self.cache["as", kind, wide] = out
             self._kinds[node.name] = "f32"
 
+    def _is_f16(self, node: Node) -> bool:
+        """Whether what is to be rounded to float16 is float16 already: one value with two names."""
+        source = node.inputs[0]
+        if self._kinds.get(source) != "f16" or node.name in self.stage.outputs:
+            return False
+        self._names[node.name], self._kinds[node.name] = self._names[source], "f16"
+        return True
+
     def _kind_of(self, node: Node) -> str:
         if not self.half:
             return "f32"
+        if node.op == "round_f16":
+            return "f16" if self.half == "f16" else "f32"
         if node.op == "linear":
             return self._linear_kind(node)
         if node.op == "embed" and node.inputs[1].startswith("@"):
@@ -107,6 +119,10 @@ class TensorRTEmitter(StageEmitter):
         if self.types[operand].dtype != "f32" or self._kinds.get(operand, "f32") == self.kind:
             return name
         return self._as(name, self.kind)
+
+    def unchanged(self, operand: str) -> str:
+        """Name of an operand in whatever type it has."""
+        return self(operand) if operand in self.constants or operand.startswith("@") else self._names[operand]
 
     def _as(self, name: str, kind: str, out: str = "") -> str:
         """A float value in another type; cast once."""
@@ -227,12 +243,12 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
 @_emits("rope")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     """Halves of every head turned: (x1 cos - x2 sin, x2 cos + x1 sin)."""
-    if _trt(e).modern:
-        EMITTERS["rope"](e, n, out)
-        return
     x, positions = n.inputs
     rows, width = e.shape(x)
     d = n.attr["head_dim"]
+    if _trt(e).modern:
+        _rotary_operator(e, n, out)
+        return
     cos, sin = _rope_columns(e, n, positions, d)
     heads = e.reshape(e(x), e.tmp(out, "heads"), rows, width // d, d)
     ends = [e.i64(v) for v in (0, d // 2, d)]
@@ -246,10 +262,18 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     e.reshape(e.node("Concat", [low, high], e.tmp(out, "turned"), axis=2), out, rows, width)
 
 
+def _rotary_operator(e: StageEmitter, n: Node, out: str) -> None:
+    """On [1, heads, rows, width], the only shape that TensorRT's layer is documented for."""
+    x, positions = n.inputs
+    (rows, width), d, base = e.shape(x), n.attr["head_dim"], float(n.attr["base"])
+    cos, sin = e.once(("rope", positions, d, base), lambda: _rope_tables(e, n, positions, d, base))
+    split = e.reshape(e(x), e.tmp(out, "x4"), 1, rows, width // d, d)
+    turned = e.node("RotaryEmbedding", [e.transpose(split, e.tmp(out, "xt"), 0, 2, 1, 3), cos, sin], e.tmp(out, "y4"))
+    e.reshape(e.transpose(turned, e.tmp(out, "yt"), 0, 2, 1, 3), out, rows, width)
+
+
 def _rope_columns(e: StageEmitter, n: Node, positions: str, d: int) -> tuple[str, str]:
     """cos and sin [rows, 1, d/2], from the tables that the other targets use."""
-    from vlac.targets._onnx_ops import _rope_tables
-
     base = float(n.attr["base"])
     if positions in e.constants:
         angle = _angles(e.constants[positions], d, base)[:, None]
@@ -317,6 +341,15 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     scale, zero = e.f32(n.attr["largest"] / 127), e.graph.const(0, np.int8)
     codes = e.node("QuantizeLinear", [e(n.inputs[0]), scale, zero], e.tmp(out, "codes"))
     e.node("DequantizeLinear", [codes, scale, zero], out)
+
+
+@_emits("round_f16")
+def _(e: StageEmitter, n: Node, out: str) -> None:
+    """The cast that float16 takes anyway; back and forth where the graph is not in float16."""
+    if _trt(e).kind != "f16":
+        EMITTERS["round_f16"](e, n, out)
+        return
+    e.node("Cast", [_trt(e).unchanged(n.inputs[0])], out, to=onnx_type("FLOAT16"))
 
 
 @_emits("time_embedding")

@@ -3,7 +3,8 @@
 {stage}.onnx holds the graph, {stage}.onnx.data the weights, aligned for mapping. What the number of prompt tokens, of
 cameras or of actions decides is a free dimension of the graph: padding is not computed. int8 has more graphs per
 stage over the same data file, {stage}.portable.onnx, and {stage}.linears.onnx where there is long attention (see
-_onnx_ops.py), {stage}.unrounded.onnx where activations have fixed scales. manifest["onnx"] tells which graph is which.
+_onnx_ops.py), {stage}.unrounded.onnx where activations have fixed scales; the others have {stage}.fused.onnx where
+there is long attention. manifest["onnx"] tells which graph is which.
 `--single-file` writes one model.onnx that makes the whole chunk (see _onnx_single.py).
 """
 
@@ -19,7 +20,7 @@ from vlac.graph import Program, Stage, infer_stage
 from vlac.registry import Progress, Target, targets
 from vlac.targets import _onnx_codes as _onnx_codes  # its emitters join the table
 from vlac.targets._folder import TensorStore, write_sidecars
-from vlac.targets._onnx_attention import integer_attention
+from vlac.targets._onnx_attention import long_attention
 from vlac.targets._onnx_graph import Graph, graph_names
 from vlac.targets._onnx_ops import StageEmitter
 from vlac.targets._onnx_ranges import Range, ranges
@@ -75,7 +76,7 @@ def emit(
     if options.get("single_file"):
         from vlac.targets._onnx_single import write_single
 
-        stages = write_single(program, store, folder, bounds, tuple(kinds))
+        stages = write_single(program, store, folder, bounds, tuple(k for k in kinds if k != "fused"))
     else:
         stages = {s.name: write_stage(program, s, store, folder, bounds[s.name], kinds) for s in program.stages}
     for name in program.params:  # those no stage reads, too: an artifact holds every parameter of its program
@@ -85,12 +86,12 @@ def emit(
 
 
 def forms(program: Program) -> tuple[str, ...]:
-    """Forms of graphs to write, that of {stage}.onnx first. They differ in int8 linears and the attention beside."""
+    """Forms of graphs to write, that of {stage}.onnx first. They differ in int8 linears and in long attention."""
     weights = {n.inputs[1] for s in program.stages for n in s.nodes if n.op == "linear"}
     integer = any(p.format == "int8" and f"@{name}" in weights for name, p in program.params.items())
-    if not integer:
-        return ("portable",)
     long = any(_long_attention(program, s) for s in program.stages)
+    if not integer:
+        return ("portable", "fused") if long else ("portable",)
     return ("integer", "linears", "portable") if long else ("integer", "portable")
 
 
@@ -102,7 +103,7 @@ def _unrounded(program: Program) -> tuple[str, ...]:
 
 def _long_attention(program: Program, stage: Stage) -> bool:
     types = infer_stage(stage, program.params)
-    return any(integer_attention(n, types) for n in stage.nodes)
+    return any(long_attention(n, types) for n in stage.nodes)
 
 
 def write_stage(
@@ -114,7 +115,7 @@ def write_stage(
     kinds: Sequence[str],
 ) -> dict[str, str]:
     """The graph files of one stage; returns form -> file name."""
-    kinds = [f for f in kinds if f != "linears" or _long_attention(program, stage)]
+    kinds = [f for f in kinds if f not in ("linears", "fused") or _long_attention(program, stage)]
     files = graph_names(stage.name, kinds)
     types = infer_stage(stage, program.params)
     for form, name in files.items():

@@ -32,7 +32,8 @@ from vlac.rewrites.draft import Draft, node
 from vlac.targets._folder import TensorStore, encode, write_sidecars
 from vlac.targets._onnx_graph import Graph
 from vlac.targets._onnx_ranges import Range, ranges
-from vlac.targets._trt_activations import fixed
+from vlac.targets._trt_activations import ROUNDS, fixed
+from vlac.targets._trt_half import attention_in_f16
 from vlac.targets._trt_ops import TensorRTEmitter
 from vlac.targets.onnx import CONTAINERS, STATIC_OPS, _need_onnx
 
@@ -52,14 +53,16 @@ LEAST_SM = {"fp8": 89, "bf16": 80, **dict.fromkeys(INT4, 80)}
 """Format or type -> compute capability times ten from which GPUs have it; 75 for all others."""
 
 
-def lower(program: Program, options: Mapping[str, Any]) -> Program:
-    """Linears padded to the blocks of their format; all shapes static where the graph must be."""
+def lower(program: Program, options: Mapping[str, Any], narrow_attention: bool = False) -> Program:
+    """Linears padded to the blocks of their format; all shapes static where the graph must be. narrow_attention: the
+    program says that attention is in float16 (see _trt_half.py)."""
     from vlac.lower import pad_to_blocks
 
     _need_onnx()
     _dialect(options)
     ops = {n.op for s in program.stages for n in s.nodes}
     static = not ops.isdisjoint(STATIC_OPS)
+    program = attention_in_f16(program) if narrow_attention else program
     return _even_columns(pad_to_blocks(program.bind(program.max_symbols()) if static else program))
 
 
@@ -204,18 +207,19 @@ def _plan(linear: str, embed: str, name: str, shape: tuple[int, ...], role: str)
 def _target(suffix: str, doc: str) -> Target:
     linear, embed, half = PLANS[suffix]
     own = ("smooth-norms",) if FORMATS[linear].bits <= 9 else ()
+    codes = linear in ROUNDS  # of activations too
     return targets.add(
         Target(
             name=f"tensorrt{suffix}",
             plan=partial(_plan, linear, embed),
-            lower=lower,
+            lower=partial(lower, narrow_attention=True) if codes else lower,
             emit=partial(emit, half=half),
             engines=("tensorrt",),
             options=OPTIONS,
             doc=doc,
             passes=own,
             containers=CONTAINERS,
-            observe=fixed if linear in ("int8", "fp8") else None,
+            observe=fixed if codes else None,
         )
     )
 

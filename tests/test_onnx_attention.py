@@ -1,4 +1,4 @@
-"""Long attention on integers in the graphs for ONNX Runtime: close to float32, only where it may be, and optional."""
+"""Long attention for ONNX Runtime, on integers or as one op: close to float32, and only where it may be."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from vlac.errors import EngineError
 from vlac.graph import Program, StageBuilder
 from vlac.targets.onnx import forms
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 WIDTH = 48
 
 
 def program(
-    rows: int = 256, keys: int | None = None, kv_heads: int = 3, masked: bool = False, heads: int = 3
+    rows: int = 256,
+    keys: int | None = None,
+    kv_heads: int = 3,
+    masked: bool = False,
+    heads: int = 3,
+    int8: bool = True,
 ) -> Program:
-    """An int8 linear, so that there is an integer form, then attention."""
+    """A linear, int8 so that there is an integer form, then attention."""
     b = StageBuilder("vision")
     x = b.input("state", "f32", rows, WIDTH)
     memory = b.input("noise", "f32", keys, WIDTH) if keys else x
@@ -35,7 +40,7 @@ def program(
         mask.append(b.attention_mask(ones, ones, b.full(shape=(rows,), value=1.0, dtype="bool")))
     b.output(b.op("attention", q, k, v, *mask, name="y", heads=heads, kv_heads=kv_heads, scale=0.25))
     shapes = {"q": (WIDTH, WIDTH), "k": (width, WIDTH), "v": (width, WIDTH)}
-    return program_of(b, weights=weights_of(shapes), formats={"q": "int8"})
+    return program_of(b, weights=weights_of(shapes), formats={"q": "int8"} if int8 else {})
 
 
 def inputs_of(given: Program, spread: float = 1.0) -> dict[str, np.ndarray]:
@@ -84,6 +89,28 @@ def test_channels_of_different_size_and_heads_of_zeros(tmp_path: Path) -> None:
     session = get_engine("onnxruntime").open(write_unchecked(given, tmp_path), threads=1, options={"int8": "integer"})
     zeros = {"state": np.zeros((256, WIDTH), np.float32)}
     assert np.array_equal(session.run("vision", zeros, {})["y"], np.zeros((256, WIDTH), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("given", "fused"),
+    [
+        (program(int8=False), True),
+        (program(rows=300, keys=257, int8=False), True),
+        (program(rows=255, int8=False), False),
+        (program(kv_heads=1, int8=False), False),
+        (program(masked=True, int8=False), False),
+    ],
+    ids=["long", "cross", "few queries", "grouped", "masked"],
+)
+def test_floats_are_one_op_where_it_is_long(given: Program, fused: bool, tmp_path: Path) -> None:
+    assert forms(given) == (("portable", "fused") if fused else ("portable",))
+    assert error(given, tmp_path) < 1e-6
+    graphs = write_unchecked(given, tmp_path).manifest["onnx"]["vision"]
+    ops = {form: {n.op_type for n in onnx.load(tmp_path / name).graph.node} for form, name in graphs.items()}
+    assert {form: "MultiHeadAttention" in found for form, found in ops.items()} == {
+        "portable": False,
+        **({"fused": True} if fused else {}),
+    }
 
 
 def test_the_ways_are_named(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ SINGLE = "model"
 
 
 FALLBACK = {
-    "integer": ("portable",),
-    "linears": ("integer", "portable"),
+    "integer": ("fused", "portable"),
+    "linears": ("integer", "fused", "portable"),
+    "fused": ("portable",),
     "unrounded": ("portable",),
     "portable": (),
 }
@@ -26,9 +27,9 @@ FALLBACK = {
 def graph_files(artifact: Artifact, engine: str, form: str) -> dict[str, Path]:
     """Stage name -> graph file. Graph files are small: their hashes are checked; of data files the size.
 
-    `form` is "portable"; "unrounded": the same, of which no activation is rounded on a fixed scale; "linears":
-    activations of int8 linears are quantised in the graph; or "integer": long attention is on integers, too. Where a
-    stage has no such form, `FALLBACK` tells what is taken.
+    `form` is "portable"; "fused": the same with long attention as ONNX Runtime's own op; "unrounded": the same, of
+    which no activation is rounded on a fixed scale; "linears": activations of int8 linears are quantised in the graph;
+    or "integer": long attention is on integers, too. Where a stage has no such form, `FALLBACK` tells what is taken.
     Raises EngineError for an artifact without ONNX graphs, ArtifactError for a file that is missing or changed.
     """
     table = artifact.manifest.get("onnx")
