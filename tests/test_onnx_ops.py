@@ -183,6 +183,7 @@ def test_every_op_of_the_table_is_written_and_tested() -> None:
         "column_mean",
         "pack_codes",
         "unpack_codes",
+        "round_f16",
         "round_fp8",
         "round_int8",
         "weighted_mask",

@@ -186,6 +186,8 @@ CASES: tuple[Case, ...] = (
         for f in ("token", "block32", "tensor")
         for w in (64, 40, 3)
     ),
+    case("round_int8", normal(5, 40, scale=9), form="tensor", largest=2.5),  # most lie beyond: codes -128 and 127
+    case("round_f16", normal(5, 40, scale=30)),
     *(case("round_fp8", normal(5, w, scale=s), largest=2.5) for w, s in ((64, 1.0), (40, 0.01), (3, 9.0))),
     *(case("gelu", normal(7, 24, scale=4), approximate=kind) for kind in ("tanh", "none", "quick")),
     attention_case(4, 4, 1, 1, 4, 4),

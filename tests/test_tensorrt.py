@@ -194,8 +194,6 @@ def test_every_op_of_the_table(case: Case, trt: str, half: str, tmp_path: Path) 
             continue
         if case.op == "weighted_mask" and half:
             found = np.where(found < -2e4, np.float32(-1e30), found)  # masked as far as float16 goes
-        if case.op == "round_int8" and case.attrs["form"] == "tensor":
-            found = np.maximum(found, np.float32(-case.attrs["largest"]))  # code -128, which the reference does not use
         kept = [i for i in range(len(told)) if i not in case.unread]
         bound = 1e-5 if not half or case.op != "attention" else 3e-3
         assert np.isfinite(found).all()
@@ -251,34 +249,41 @@ def _decoder(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("target", ["tensorrt-int8", "tensorrt-fp8"])
-@pytest.mark.parametrize("name", ["smolvla_tiny", "tinyvla_tiny"])
+@pytest.mark.parametrize("name", CASES)
 def test_quantised_graphs_are_the_numpy_reference(name: str, target: str, tmp_path: Path) -> None:
-    """Every linear by itself, fed what the reference feeds it: products of the same codes, scales and all."""
+    """The first stage node by node, each fed what it is fed in the graph: the same codes, scales and all. What is told
+    apart from here to the chunk is rounding alone: which of two codes, or float16 numbers, lies nearer."""
     case = CASES[name]
     path = vlac.compile(case.checkpoint, target, tmp_path / "out", goldens=1, **case.options).path
     assert path is not None
     artifact = open_artifact(path)
     stage = artifact.program.stages[0]
-    asked = prepare(artifact.io, load_tokenizer(artifact.tokenizer, "t"), artifact.program, **case.observation(0))
+    tokenizer = load_tokenizer(artifact.tokenizer, "t") if artifact.tokenizer else None
+    asked = prepare(artifact.io, tokenizer, artifact.program, **case.observation(0))
+    stage = artifact.program.bind(asked.symbols).stage(stage.name)
     values = {n: asked.env[n][0] if n == "pixels" and asked.env[n].ndim == 4 else asked.env[n] for n, _ in stage.inputs}
-    rounded = [n for n in stage.nodes if n.op in ("round_int8", "round_fp8")]
-    linears = [n for n in stage.nodes if n.op == "linear" and n.inputs[0] in {r.name for r in rounded}]
-    assert len(linears) >= 8
-    got = run_graph(path / f"{stage.name}.onnx", values, tuple(f"{r.name}/codes" for r in rounded[:1]))
-    inner = [i for r in rounded for i in (r.inputs[0], r.name)] + [n.name for n in linears]
-    seen = run_graph(path / f"{stage.name}.onnx", values, tuple(n for n in dict.fromkeys(inner) if n not in values))
-    assert got.keys() >= set(stage.outputs)
+    graph = onnx.load(str(path / f"{stage.name}.onnx"), load_external_data=False).graph
+    inside = {o for node in graph.node for o in node.output} - {o.name for o in graph.output}
+    names = tuple(n.name for n in stage.nodes if n.name in inside)
+    seen = {**values, **run_graph(path / f"{stage.name}.onnx", values, names)}
+    for n in stage.nodes:  # float16 that was float16 already has one name
+        if n.op == "round_f16" and n.name not in seen and n.inputs[0] in seen:
+            seen[n.name] = seen[n.inputs[0]]
     from vlac.ops import OPS
 
-    decode = _decoder(path)
-    for r in rounded:
-        x = seen[r.inputs[0]] if r.inputs[0] in seen else values[r.inputs[0]]
-        if x.dtype != np.float32:  # of attention, in half precision
-            x = x.astype(np.float32)
-        assert distance(seen[r.name], OPS[r.op].reference([x], r.attr)) <= 1e-6, r.name
-    for n in linears:
-        operands = [seen[n.inputs[0]], *(decode(i[1:]) for i in n.inputs[1:])]
-        assert distance(seen[n.name], OPS["linear"].reference(operands, {})) <= 1e-6, n.name
+    decode, compared = _decoder(path), 0
+    for n in (n for n in stage.nodes if n.op in ("linear", "round_int8", "round_fp8", "round_f16", "attention")):
+        operands = [i for i in n.inputs if not i.startswith("@")]
+        if n.name not in seen or any(i not in seen for i in operands):
+            continue
+        given = [decode(i[1:]) if i.startswith("@") else seen[i] for i in n.inputs]
+        given = [x.astype(np.float32) if x.dtype == np.float16 else x for x in given]
+        want, found = OPS[n.op].reference(given, n.attr), seen[n.name].astype(np.float32)
+        # a quotient or product at the very edge of a code, in float32 here and in float64 there
+        same = np.isclose(found, want, rtol=0, atol=(1e-3 if n.op == "attention" else 2e-6) * float(np.abs(want).max()))
+        assert (~same).sum() <= (max(4, 2e-3 * same.size) if n.op.startswith("round") else 0), (n.name, n.op)
+        compared += n.op != "attention"
+    assert compared >= 8
 
 
 @pytest.mark.parametrize("name", ["smolvla_tiny", "groot_n17_tiny"])

@@ -563,18 +563,26 @@ def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
 
 @_op("round_int8", "x", _round8, form="str", largest="float")
 def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
-    """x on a grid of 8 bits: s * clip(rint(x / s), -127, 127), s = m/127. m is the largest magnitude of the row (form
-    "token"), of each 32 values of a row in order ("block32", the last block as long as it is), or `largest` ("tensor").
+    """x on a grid of 8 bits: s * clip(rint(x / s), -128, 127), s = m/127. m is the largest magnitude of the row (form
+    "token"), of each 32 values of a row in order ("block32", the last block as long as it is), or `largest` ("tensor",
+    the only one whose values reach -128: QuantizeLinear of ONNX and TensorRT).
     """
     v = _f64(x[0])
     if a["form"] == "tensor":
         s = np.float64(a["largest"]) / 127
-        return _f32(np.clip(np.rint(v / s), -127, 127) * s)
+        return _f32(np.clip(np.rint(v / s), -128, 127) * s)
     rows, width = v.shape
     block = 32 if a["form"] == "block32" else width
     parts = np.pad(v, ((0, 0), (0, -width % block))).reshape(rows, -1, block)
     s = np.maximum(np.abs(parts).max(axis=2, keepdims=True), 1e-30) / 127
     return _f32((np.rint(parts / s) * s).reshape(rows, -1)[:, :width])
+
+
+@_op("round_f16", "x", _float_same)
+def _(x: Sequence[NpArray], a: Attrs) -> NpArray:
+    """x on the grid of float16: nearest, ties to even, infinite from 65520 on."""
+    with np.errstate(over="ignore"):
+        return _f32(x[0].astype(np.float16))
 
 
 @_op("round_fp8", "x", _round_fp8, largest="float")

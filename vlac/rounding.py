@@ -331,4 +331,4 @@ def int8_blocks(x: NpArray, block: int = 32) -> NpArray:
 def int8_tensor(x: NpArray, largest: float) -> NpArray:
     """All values on one grid that was fixed beforehand, scale largest / 127; what lies beyond is cut."""
     s = largest / 127
-    return np.asarray(np.clip(np.rint(x / s), -127, 127) * s)
+    return np.asarray(np.clip(np.rint(x / s), -128, 127) * s)

@@ -40,7 +40,7 @@ DECLINES = dict.fromkeys(
 """Ops without a ggml form: they run on the host, and a program that wants them inside a graph is declined by name."""
 
 NEVER = dict.fromkeys(
-    ("round_int8", "round_fp8"),
+    ("round_int8", "round_f16", "round_fp8"),
     "no rounding between ops; kernels round what meets 4- and 8-bit weights in blocks of 32",
 )
 """Ops that run nowhere in this engine."""

@@ -12,6 +12,7 @@ def rounding_ops(torch: Any) -> dict[str, TorchOp]:
     """The ops by name."""
     return {
         "round_int8": lambda x, a: _round_int8(torch, x[0], a["form"], a["largest"]),
+        "round_f16": lambda x, a: x[0].to(torch.float16).to(x[0].dtype),
         "round_fp8": lambda x, a: _round_fp8(torch, x[0], a["largest"]),
     }
 
@@ -20,7 +21,7 @@ def _round_int8(torch: Any, x: Tensor, form: str, largest: float) -> Tensor:
     v = x.to(torch.float64)
     if form == "tensor":
         s = largest / 127
-        return (torch.clamp(torch.round(v / s), -127, 127) * s).to(x.dtype)
+        return (torch.clamp(torch.round(v / s), -128, 127) * s).to(x.dtype)
     rows, width = v.shape
     block = 32 if form == "block32" else width
     parts = torch.nn.functional.pad(v, (0, -width % block)).reshape(rows, -1, block)

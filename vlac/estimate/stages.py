@@ -24,7 +24,19 @@ CHAIN = 12
 """Ops in a row of a probe, so that starting the stage does not count."""
 PORTS = 16
 
-_UNARY = ("silu", "gelu", "rms_norm", "layer_norm", "scale", "sigmoid", "tanh", "relu", "round_int8", "round_fp8")
+_UNARY = (
+    "silu",
+    "gelu",
+    "rms_norm",
+    "layer_norm",
+    "scale",
+    "sigmoid",
+    "tanh",
+    "relu",
+    "round_int8",
+    "round_f16",
+    "round_fp8",
+)
 _BINARY = ("add", "sub", "mul")
 
 
