@@ -22,6 +22,8 @@ from vlac.errors import EngineError, VlacError
 from vlac.formats import FORMATS, decode
 from vlac.ops import OPS
 
+CPU_S = 120
+"""Seconds of CPU time after which the self-test is ended: it takes one, and ten when emulated."""
 Array = np.ndarray[Any, Any]
 Draw = Callable[[Ggml, int, list[int]], int]
 
@@ -146,9 +148,19 @@ def check_numbers(lib: Ggml) -> None:
     _close("flash attention", compute(lib, flash, [(0, x), (0, k), (0, v)], x.shape), want, 1e-4)
 
 
+def _limit_cpu_time() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S if hard == resource.RLIM_INFINITY else min(CPU_S, hard), hard))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Self-test of the folder in arguments[0], without the CPU libraries in arguments[1:]; the exit code."""
     directory = Path(arguments[0])
+    _limit_cpu_time()
     try:
         name = best_variant(directory, arguments[1:])
         print(json.dumps({"trying": name}), flush=True)
