@@ -9,10 +9,8 @@ The third, whether it matters on a task, is not asked here, and the report says 
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,55 +19,29 @@ import numpy as np
 from vlac import integrity, metrics
 from vlac.artifact import TOKENS, Artifact, Golden, open_artifact
 from vlac.bench import fingerprint
-from vlac.engines.base import EngineSession
-from vlac.errors import EngineError, InputError, VlacError
-from vlac.graph import Call, Program, Repeat
+from vlac.errors import InputError, VlacError
+from vlac.graph import Program
 from vlac.io import IO
 from vlac.layouts import INT4
 from vlac.metrics import Joint, Limit
 from vlac.observations import load_observations
+from vlac.parity_answers import Answers, answers
+from vlac.parity_compiler import COMPILER_LIMITS, compiler, same_tokens, stage_rows
 from vlac.recorded import Recorded, beside
 from vlac.registry import Progress, ReadOptions, silent
-from vlac.runtime.actions import apply_action_steps
-from vlac.runtime.inputs import prepared, samples
-from vlac.runtime.schedule import generated
-from vlac.runtime.session import choose_engine, execute
+from vlac.runtime.inputs import samples
+from vlac.runtime.session import choose_engine
 
 if TYPE_CHECKING:
     from vlac.policy import Policy
 
-__all__ = ["load_observations", "parity"]
+__all__ = ["COMPILER_LIMITS", "load_observations", "parity"]
 
 NpArray = np.ndarray[Any, Any]
 DATASET_FRAMES = 16
 """Frames of a dataset that are asked about when nobody says how many."""
-CALLS = 3
-"""How often an engine answers the first observation, to be compared with itself."""
-NUMPY_LIMIT = 20_000_000
-"""Parameters above which the numpy engine is too slow to serve as the reference of question 1."""
-
 FORMATS = ("f32", "f16", "bf16", "int8", "q8_0", "fp8", "q6_k", "q5_k", "q5_0", "q4_1", "q4_k", "iq4_nl", "q4_0", *INT4)
 """Formats from the finest to the coarsest; the coarsest that holds at least 1 % of the values names an artifact."""
-
-COMPILER_LIMITS: Mapping[str, str] = {
-    "f32": "compiler.max<=5e-5",
-    "f16": "compiler.rel_l2<=3e-3",
-    "bf16": "compiler.rel_l2<=2e-2",
-    "int8": "compiler.rel_l2<=6e-2",
-    "q8_0": "compiler.rel_l2<=6e-2",
-    "fp8": "compiler.rel_l2<=2e-1",
-    "q6_k": "compiler.rel_l2<=6e-2",
-    "q5_k": "compiler.rel_l2<=6e-2",
-    "q5_0": "compiler.rel_l2<=6e-2",
-    "q4_1": "compiler.rel_l2<=6e-2",
-    "q4_k": "compiler.rel_l2<=6e-2",
-    "iq4_nl": "compiler.rel_l2<=6e-2",
-    "q4_0": "compiler.rel_l2<=6e-2",
-    **dict.fromkeys(INT4, "compiler.rel_l2<=6e-2"),
-}
-"""Question 1, for every stage value and the chunk, by format. The weights are equal on both sides; what is left is
-summation order and, below f32, the rounding of ACTIVATIONS inside the engine's kernels (to f16, bf16, or 8 bits).
-Measured worst over stages, networks of 4 to 16 layers: f32 2.3e-6 (max), f16 1.2e-3, bf16 6.5e-3, 8 bit 3.3e-2."""
 
 COST_LIMITS: Mapping[str, tuple[str, ...]] = {
     "f32": ("cos>=0.9999999", "max<=2e-5"),
@@ -88,20 +60,6 @@ COST_LIMITS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(INT4, ("cos>=0.8",)),
 }
 """Question 2: limits by format when none are given. They catch a broken artifact; they are no claim about success."""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What one engine said: per observation the normalised chunk, the chunk in the policy's units and stage values;
-    `repeats` compares the engine with itself on the first observation: call by call, and whole loops (a robot's way)
-    with stages run one by one (`stepwise`, max|d|/max)."""
-
-    normalised: list[NpArray]
-    chunks: list[NpArray]
-    taps: list[dict[str, NpArray]]
-    repeats: dict[str, Any]
-    tokens: list[NpArray | None]
-    """ids that were generated, None for a policy that generates none"""
 
 
 def parity(
@@ -136,7 +94,7 @@ def parity(
     artifact = open_artifact(path)
     progress("checking every byte", 0, 0)
     integrity.verify(artifact)
-    given, source = _observations(artifact, observations, frames, reference, read)
+    given, source = observed(artifact, observations, frames, reference, read)
     chosen = choose_engine(artifact, engine)
     name = chosen.name
     grade = grade_of(artifact.program, (options or {}).get("dtype"))
@@ -153,12 +111,12 @@ def parity(
     session = chosen.open(artifact, threads=threads, options={**chosen.parity_options, **(options or {})})
     try:
         report["engine_info"] = dict(session.info)
-        mine = _answers(artifact.program, session, artifact.io, artifact.tokenizer, given, progress, f"{name} engine")
+        mine = answers(artifact.program, session, artifact.io, artifact.tokenizer, given, progress, f"{name} engine")
     finally:
         session.close()
     report["repeats"] = mine.repeats
     what = " ".join((name, *(str(v) for v in (options or {}).values())))  # "torch cuda bf16" may be judged by torch
-    report["compiler"] = _compiler(artifact, what, given, mine, wanted, grade, threads, progress, report["not_asked"])
+    report["compiler"] = compiler(artifact, what, given, mine, wanted, grade, threads, progress, report["not_asked"])
     report["cost"] = _cost(artifact, reference, read, given, source, mine, wanted, grade, progress, report["not_asked"])
     asked: list[dict[str, Any]] = [report[q] for q in ("compiler", "cost") if report[q] is not None]
     report["ok"] = bool(asked) and all(q["ok"] for q in asked)
@@ -182,13 +140,14 @@ def grade_of(program: Program, products: str | None = None) -> str:
     return max(kept, key=FORMATS.index, default="f32")
 
 
-def _observations(
+def observed(
     artifact: Artifact,
     where: str | Path | Recorded | None,
     frames: int | None,
     reference: str | None,
     read: ReadOptions | None,
 ) -> tuple[tuple[Golden, ...], str]:
+    """The observations to ask about, and where they come from; arguments as those of `parity`."""
     if where is None and reference is not None:
         from vlac.checkpoint import recorded_beside
 
@@ -205,189 +164,6 @@ def _observations(
         )
     kind = artifact.manifest.get("golden", "")
     return goldens, f"the artifact's golden observations{f' ({kind})' if kind else ''}; no data was given"
-
-
-def _answers(
-    program: Program,
-    session: EngineSession,
-    io: IO,
-    tokenizer: bytes | None,
-    given: Sequence[Golden],
-    progress: Progress,
-    what: str,
-    follow: Sequence[NpArray | None] = (),
-) -> Answers:
-    """`follow`: the ids that another engine generated, for each observation (see `execute`)."""
-    total = 2 * len(given) + CALLS - 1
-    result = Answers([], [], [], {}, [])
-    done = 0
-    for i, obs in enumerate(given):
-        ready = prepared(io, tokenizer, program, obs)
-        # the chunk comes from the way a robot takes (whole loops); stage values from a run of their own, step by step
-        chunks = []
-        for _ in range(1 if i else CALLS):
-            progress(what, done, total)
-            chunks.append(execute(program, session, ready.env, ready.symbols))
-            done += 1
-        progress(what, done, total)
-        taps: dict[str, NpArray] = {}
-        leader = follow[i] if follow else None
-        stepwise = execute(program, session, ready.env, ready.symbols, taps=taps, follow=leader)
-        done += 1
-        if i == 0:
-            result.repeats.update(
-                calls=CALLS,
-                bit_equal=all(np.array_equal(x, chunks[0]) for x in chunks[1:]),
-                max_relative=max(metrics.max_relative(x, chunks[0]) for x in chunks[1:]),
-                stepwise=metrics.max_relative(stepwise, chunks[0]),
-            )
-        chunk = chunks[0] if leader is None else stepwise
-        result.normalised.append(apply_action_steps(io.normalised_action_steps, chunk, ready.state))
-        result.chunks.append(apply_action_steps(io.action_steps, chunk, ready.state))
-        result.taps.append({k: np.array(v) for k, v in taps.items()})
-        result.tokens.append(generated(program, taps))
-    progress(what, total, total)
-    return result
-
-
-# --- question 1 ------------------------------------------------------------------------------------------------
-
-
-def _compiler(
-    artifact: Artifact,
-    engine: str,
-    given: Sequence[Golden],
-    mine: Answers,
-    wanted: Sequence[Limit],
-    grade: str,
-    threads: int | None,
-    progress: Progress,
-    not_asked: list[str],
-) -> dict[str, Any] | None:
-    name, why = _judge_engine(artifact, engine)
-    if not name:
-        if any(x.question == "compiler" for x in wanted):
-            raise EngineError(f"question 1 cannot be asked: {why}", remedy='pip install "vlac-compiler[compile]"')
-        not_asked.append(f"1. Is the compiler right? {why}")
-        return None
-    default = metrics.parse_limit(COMPILER_LIMITS[grade])
-    limits = [x for x in wanted if x.question == "compiler"] or [default]
-    session = _judge_session(artifact, name, threads)
-    try:
-        what = f"{name} engine, same weights"
-        theirs = _answers(
-            artifact.program, session, artifact.io, artifact.tokenizer, given, progress, what, mine.tokens
-        )
-    finally:
-        session.close()
-    rows = _stage_rows(artifact.program, mine.taps, theirs.taps, limits)
-    chunk = metrics.summary(np.stack(mine.normalised), np.stack(theirs.normalised))
-    tokens = _same_tokens(mine.tokens, theirs.tokens)
-    # ids are picked from values that the stages' rows judge: between two that are all but equal, rounding may choose
-    verdicts = [] if tokens is not None and len(rows) > 1 else metrics.judge(limits, chunk)
-    steady = all(default.holds(mine.repeats[k]) for k in ("max_relative", "stepwise"))
-    over = next((r for r in rows if not r["ok"]), None)
-    return {
-        "question": "1. Is the compiler right? Engine against reference engine, same program, same decoded weights.",
-        "reference": name,
-        "reference_repeats": theirs.repeats,
-        "stages": rows,
-        "staged": len(rows) > 1 or len(artifact.program.stages) == 1,
-        "chunk": chunk,
-        "tokens": tokens,
-        "limits": verdicts,
-        "first_stage_over": over["stage"] if over else None,
-        "ok": all(v["ok"] for v in verdicts) and over is None and steady,
-    }
-
-
-def _same_tokens(mine: Sequence[NpArray | None], theirs: Sequence[NpArray | None]) -> dict[str, int] | None:
-    """How many ids are equal, place by place; None where none were generated on both sides."""
-    pairs = [(a, b) for a, b in zip(mine, theirs, strict=False) if a is not None and b is not None]
-    if not pairs:
-        return None
-    equal = sum(int(np.count_nonzero(a[: len(b)] == b[: len(a)])) for a, b in pairs)
-    return {"equal": equal, "of": sum(max(len(a), len(b)) for a, b in pairs)}
-
-
-def _judge_engine(artifact: Artifact, engine: str) -> tuple[str, str]:
-    size = sum(math.prod(p.shape) for p in artifact.program.params.values())
-    if engine != "torch" and importlib.util.find_spec("torch") is not None:
-        return "torch", ""
-    if engine != "numpy" and size <= NUMPY_LIMIT:
-        return "numpy", ""
-    if engine in ("torch", "numpy"):
-        return "", f"the {engine} engine was chosen, and it is itself the reference"
-    return "", f"torch is not installed and {size / 1e6:.0f} M parameters are too many for the numpy engine"
-
-
-def _judge_session(artifact: Artifact, name: str, threads: int | None) -> EngineSession:
-    def weight(param: str) -> NpArray:
-        return artifact.tensors[param].decode()
-
-    if name == "numpy":
-        from vlac.engines.numpy_engine import NumpySession
-
-        return NumpySession(artifact.program, weight)
-    from vlac.engines.torch_engine import TorchSession
-    from vlac.goldens import fits
-
-    return TorchSession(artifact.program, weight, threads=threads, keep_weights=fits(artifact.program))
-
-
-def _stage_of(program: Program) -> dict[str, str]:
-    """Value name -> the stage that makes it, in schedule order."""
-    owner: dict[str, str] = {}
-    for step in program.schedule.steps:
-        for out in program.stage(step.stage).outputs:
-            owner.setdefault(out, step.stage)
-        if isinstance(step, Repeat):
-            for i in range(step.times):
-                owner[f"x_after_step{i}"] = step.stage
-    return owner
-
-
-def _stage_rows(
-    program: Program,
-    mine: Sequence[Mapping[str, NpArray]],
-    theirs: Sequence[Mapping[str, NpArray]],
-    limits: Sequence[Limit],
-) -> list[dict[str, Any]]:
-    """Per stage, in order: its worst value over observations (one over a limit, else by max|d|/max)."""
-    each = {step.stage for step in program.schedule.steps if isinstance(step, Call) and step.each}
-    worst: dict[str, dict[str, Any]] = {}
-    counted: dict[str, set[str]] = {}
-    for name, stage in _stage_of(program).items():
-        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-            pair = _comparable(a.get(name), b.get(name), per_camera=stage in each)
-            if pair is None:
-                continue
-            counted.setdefault(stage, set()).add(name)
-            row: dict[str, Any] = {"stage": stage, "value": name, "observation": i, **metrics.summary(*pair)}
-            row["ok"] = all(x.holds(row[x.metric]) for x in limits if x.metric in row)
-            if stage not in worst or _badness(row) > _badness(worst[stage]):
-                worst[stage] = row
-    for stage, row in worst.items():
-        row["values"] = len(counted[stage])
-    return list(worst.values())
-
-
-def _badness(row: Mapping[str, Any]) -> tuple[bool, float]:
-    figure = row["max_relative"]
-    return not row["ok"], math.inf if math.isnan(figure) else figure
-
-
-def _comparable(a: NpArray | None, b: NpArray | None, per_camera: bool) -> tuple[NpArray, NpArray] | None:
-    """Two float values of one name, if they can be laid side by side.
-
-    An artifact of fixed size has slots for every camera: of per-camera values the rows that both have are compared.
-    """
-    if a is None or b is None or a.dtype.kind != "f" or b.dtype.kind != "f":
-        return None
-    if per_camera and a.ndim == b.ndim and a.shape[1:] == b.shape[1:]:
-        rows = min(len(a), len(b))
-        return a[:rows], b[:rows]
-    return (a, b) if a.shape == b.shape else None
 
 
 # --- question 2 ------------------------------------------------------------------------------------------------
@@ -411,7 +187,7 @@ def _cost(
     limits = [x for x in wanted if x.question == "cost"] or [metrics.parse_limit(t) for t in defaults]
     floor: Mapping[str, float] | None
     if reference is not None:
-        chunks, taps, floor = _run_reference(reference, read, artifact, given, progress)
+        chunks, taps, floor = run_reference(reference, read, artifact, given, progress)
         origin = f"{reference}, fp32, run now"
         floor_from = "two noise seeds of the reference, run now"
     else:
@@ -431,7 +207,7 @@ def _cost(
     figures = metrics.compare(np.stack(mine.chunks), np.stack(chunks), joints, artifact.io.n_action_steps)
     verdicts = metrics.judge(limits, metrics.figures(figures))
     stage_limits = [x for x in limits if x.metric in metrics.COMPILER_METRICS]
-    rows = _stage_rows(artifact.program, mine.taps, taps, stage_limits)
+    rows = stage_rows(artifact.program, mine.taps, taps, stage_limits)
     over = next((r["stage"] for r in rows if not r["ok"]), None)
     if floor is None:
         not_asked.append("How far do two noise seeds of the reference lie apart? Give --reference CKPT.")
@@ -440,7 +216,7 @@ def _cost(
         "reference": origin,
         "limits": verdicts,
         **figures,
-        "tokens": _same_tokens(mine.tokens, [t.get(TOKENS) for t in taps]),
+        "tokens": same_tokens(mine.tokens, [t.get(TOKENS) for t in taps]),
         "noise_floor": {**floor, "source": floor_from} if floor else None,
         "drift_over_noise": figures["relative_l2"] / floor["relative_l2"] if floor and floor["relative_l2"] else None,
         "stages": rows,
@@ -449,7 +225,7 @@ def _cost(
     }
 
 
-def _run_reference(
+def run_reference(
     checkpoint: str, read: ReadOptions | None, artifact: Artifact, given: Sequence[Golden], progress: Progress
 ) -> tuple[list[NpArray], list[dict[str, NpArray]], dict[str, float] | None]:
     """The checkpoint as its family draws it, in fp32: chunks, taps, and the noise floor on the first observation (None
@@ -469,13 +245,13 @@ def _run_reference(
     session = reference_session(program)
     try:
         what = "fp32 reference"
-        theirs = _answers(program, session, policy.io, policy.tokenizer, given, progress, what)
+        theirs = answers(program, session, policy.io, policy.tokenizer, given, progress, what)
         taps = [t if i is None else {**t, TOKENS: i} for t, i in zip(theirs.taps, theirs.tokens, strict=True)]
         rng = np.random.Generator(np.random.PCG64([7, 7]))
         noise = np.asarray(rng.standard_normal(given[0].noise.shape), dtype=np.float32)
         other = [Golden(given[0].images, given[0].state, given[0].task, noise, noise, noise)]
         asked = other if samples(program) else []
-        moved = _answers(program, session, policy.io, policy.tokenizer, asked, progress, "its noise floor").chunks
+        moved = answers(program, session, policy.io, policy.tokenizer, asked, progress, "its noise floor").chunks
     finally:
         session.close()
     if not moved:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -186,6 +186,12 @@ def parity_command(
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
+    on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--on", metavar="ENGINE[:DEVICE][:DTYPE]", help="A row of one table, such as torch:cuda; repeatable."
+        ),
+    ] = None,
     limit: Annotated[
         list[str] | None,
         typer.Option("--limit", metavar="LIMIT", help='Such as "cos>=0.999" or "compiler.max<=1e-4"; repeatable.'),
@@ -209,10 +215,12 @@ def parity_command(
     """Prove an artifact against its reference.
 
     Question 1: is the compiler right? Question 2: what did the recipe cost? Exit code 1 when a limit does not hold.
+    With --on: several engines and devices in one table; one that is absent says why and fails nothing.
     """
     from vlac import progress
     from vlac.adopt import runnable
     from vlac.parity import parity
+    from vlac.parity_table import compare, compare_text
     from vlac.recorded import Recorded
     from vlac.registry import ReadOptions
     from vlac.report import parity_text
@@ -224,6 +232,8 @@ def parity_command(
         )
     if ablate and (device or dtype):
         raise InputError("--device and --dtype do not go with --ablate", remedy="leave them out")
+    if on and (engine or device or dtype or ablate):
+        raise InputError("--on stands instead of --engine, --device, --dtype and --ablate", remedy="leave those out")
     engine, options = on_torch(engine, device, dtype)
     data = dataset or observations
     given = None if data is None else Recorded(data, key_values(rename, "--rename"))
@@ -253,22 +263,23 @@ def parity_command(
         finish(found, save)
         typer.echo(as_json(found) if json_output else ablation_text(found))
         return
+    asked: dict[str, Any] = {
+        "reference": reference,
+        "observations": given,
+        "frames": frames,
+        "threads": threads,
+        "limits": limit or (),
+        "read": read if how else None,
+    }
     with progress.progress(json_output or quiet) as show, runnable(path, read, goldens=2, progress=show) as artifact:
-        report = parity(
-            artifact,
-            reference=reference,
-            observations=given,
-            frames=frames,
-            engine=engine,
-            threads=threads,
-            options=options,
-            limits=limit or (),
-            read=read if how else None,
-            progress=show,
-        )
+        if on:
+            report = compare(artifact, on, **asked, progress=show)
+        else:
+            report = parity(artifact, engine=engine, options=options, **asked, progress=show)
     report["artifact"] = path
     finish(report, save)
-    typer.echo(as_json(report) if json_output else parity_text(report))
+    as_text = compare_text if on else parity_text
+    typer.echo(as_json(report) if json_output else as_text(report))
     if not report["ok"]:
         raise typer.Exit(1)
 

@@ -387,8 +387,8 @@ def _check_in_subprocess(directory: Path) -> str:
 
 
 SELFTEST_WALL_S = 900
-"""A self-test that hangs ends; one that computes for ever ends sooner, by its CPU time (ggml_selftest.CPU_S). On a machine
-that is busy, emulated or was suspended it only takes longer."""
+"""A self-test that hangs ends; one that computes for ever ends sooner, by its CPU time (ggml_selftest.CPU_S). On a
+machine that is busy, emulated or was suspended it only takes longer."""
 
 
 def _run_selftest(directory: Path, refused: list[str]) -> tuple[bool, str, str]:
