@@ -1,13 +1,13 @@
 """What latency does to success, with and without real-time chunking: the bundled policy in closed loop.
 
-python benchmarks/rtc.py [--episodes 200] [--seed 0] [--delays 200 400 600] [--target gguf-f32] [--workers N]
-    [--out FILE.json]
+python benchmarks/rtc.py [--episodes 200] [--seed 0] [--delays 200 300 400 600 800] [--ways naive rtc ...]
+    [--target gguf-f32] [--workers N] [--out FILE.json]
 
 For every delay (milliseconds on the robot's clock) the same episodes with the same noise: naive replay of chunks
 (vlac.evaluate.Plan) as many rows at a time as the policy says; that with the next inference begun when the last one's
-chunk is there; each chunk going on from what is left of the one before, at that pace; that with LeRobot's defaults.
-Success with Wilson's interval, the paired difference from naive replay with its interval and McNemar's exact p, and the
-jerk of the executed actions. Nothing is timed.
+chunk is there; and at that pace `vlac eval --rtc` as it is (chunks are handed over), guidance instead, and guidance
+with LeRobot's defaults. Success with Wilson's interval, the paired difference from naive replay with its interval, its
+counts and McNemar's exact p, and the jerk of the executed actions. Nothing is timed.
 Writes benchmarks/results/rtc.json after every delay; delays of the same episodes that are there already are kept.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,22 @@ WAYS: dict[str, dict[str, Any]] = {
     "naive": {},
     "naive_paced": {},
     "rtc": {"rtc": True},
-    "rtc_lerobot": {"rtc": True, "guidance": {"execution_horizon": HORIZON, "max_guidance_weight": MAX_WEIGHT}},
+    "guidance": {"rtc": True, "guidance": {"displacements": ()}},
+    "guidance_lerobot": {
+        "rtc": True,
+        "guidance": {"displacements": (), "execution_horizon": HORIZON, "max_guidance_weight": MAX_WEIGHT},
+    },
 }
 FIGURES = ("success", "mean_steps", "mean_steps_succeeded", "jerk", "inferences")
 
 
-def row(artifact: Path, delay: float, asked: dict[str, Any]) -> dict[str, Any]:
-    """Every way of one delay, and its paired difference from naive replay."""
+def row(artifact: Path, delay: float, ways: list[str], asked: dict[str, Any]) -> dict[str, Any]:
+    """Ways of one delay, and their paired differences from naive replay."""
     made: dict[str, Any] = {"delay_ms": delay}
     succeeded = {}
     for name, way in WAYS.items():
+        if name not in ways:
+            continue
         if name == "naive_paced":
             way = {"n_action_steps": min(made["delay_steps"], made["n_action_steps"])}
         with progress(False) as show:
@@ -55,7 +62,9 @@ def row(artifact: Path, delay: float, asked: dict[str, Any]) -> dict[str, Any]:
         if name != "naive":
             table = paired(succeeded[name], succeeded["naive"])
             low, high = table.interval()
-            made[name]["paired"] = {"difference": table.difference, "low": low, "high": high, "p": table.p}
+            made[name]["paired"] = {
+                **asdict(table), "difference": table.difference, "low": low, "high": high, "p": table.p
+            }  # fmt: skip
     return made
 
 
@@ -63,12 +72,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--delays", type=float, nargs="+", default=[200, 400, 600])
+    parser.add_argument("--delays", type=float, nargs="+", default=[200, 300, 400, 600, 800])
+    parser.add_argument("--ways", nargs="+", choices=[w for w in WAYS if w != "naive"], default=list(WAYS)[1:])
     parser.add_argument("--target", default="gguf-f32")
     parser.add_argument("--workers", type=int, default=usable_cores())
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
-    key = {"episodes": given.episodes, "seed": given.seed, "target": given.target}
+    ways = ["naive", *given.ways]
+    key = {"episodes": given.episodes, "seed": given.seed, "target": given.target, "ways": ways}
     known = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
     rows = known["rows"] if known.get("asked") == key else []
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +88,7 @@ def main() -> None:
             if any(r["delay_ms"] == delay for r in rows):
                 continue
             asked = {"episodes": given.episodes, "seed": given.seed, "workers": given.workers}
-            rows = sorted([*rows, row(artifact, delay, asked)], key=lambda r: r["delay_ms"])
+            rows = sorted([*rows, row(artifact, delay, ways, asked)], key=lambda r: r["delay_ms"])
             result = {"asked": key, "machine": machine(), "versions": versions(), "rows": rows}
             given.out.parent.mkdir(parents=True, exist_ok=True)
             given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

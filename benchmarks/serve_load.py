@@ -1,11 +1,14 @@
 """Load on `vlac serve`: clients in processes of their own, every reply compared with the policy's own answer.
 
-    python benchmarks/serve_load.py out/ [--protocol openpi|http|lerobot] [--clients 8] [--minutes 10] [--out FILE.json]
+    python benchmarks/serve_load.py out/ [--protocols openpi http lerobot] [--minutes 10 3 3] [--clients 8]
+        [--out FILE.json]
+
+One protocol after the other, each with a server of its own; nobody needs to look on. --minutes: for each, or for all.
 
 Clients: openpi's own; keep-alive HTTP; for LeRobot the calls of its RobotClient, message by message. States requests,
 p50/p95/p99 of the round trip, wrong (crossed) and lost replies, the server's CPU time per request and memory over time,
-and the machine's load average: latencies say little on a machine that does something else as well. FILE.json keeps one
-entry per protocol.
+and the machine's load average before and after: latencies say little on a machine that does something else as well.
+FILE.json keeps one entry per protocol, written as each ends. Ends with 1 if a reply was wrong or lost.
 """
 
 from __future__ import annotations
@@ -180,25 +183,42 @@ def cpu_seconds(pid: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact")
-    parser.add_argument("--protocol", choices=tuple(CLIENTS), default="openpi")
+    parser.add_argument("--protocols", nargs="+", choices=tuple(CLIENTS), default=list(CLIENTS))
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[1.0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    minutes = args.minutes * len(args.protocols) if len(args.minutes) == 1 else args.minutes
+    if len(minutes) != len(args.protocols):
+        parser.error("--minutes: one number, or one for each protocol")
+    failed = False
+    for protocol, long in zip(args.protocols, minutes, strict=True):
+        report = load(args.artifact, protocol, args.clients, long, args.threads)
+        print(json.dumps({protocol: report}, indent=2), flush=True)
+        failed |= bool(report["wrong"] or report["lost"] or report["server_exit_code"])
+        if args.out is not None:
+            known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+            args.out.write_text(json.dumps({**known, protocol: report}, indent=1) + "\n", encoding="utf-8")
+    sys.exit(int(failed))
+
+
+def load(artifact: str, protocol: str, count: int, minutes: float, threads: int) -> dict[str, Any]:
+    """`count` clients of a new server for so long; what they met, as JSON values."""
+    before = [round(v, 1) for v in os.getloadavg()]
 
     from vlac.drivers import open_driver
 
-    driver = open_driver(args.artifact, threads=args.threads)
+    driver = open_driver(artifact, threads=threads)
     cameras = [c.key for c in driver.io.cameras]
-    seen = [observations(cameras, driver.io.state_dim, c) for c in range(args.clients)]
+    seen = [observations(cameras, driver.io.state_dim, c) for c in range(count)]
     wanted = [[driver.act(o) for o in mine] for mine in seen]
     facts = driver.facts
     driver.close()
 
-    command = ["serve", args.artifact, "--protocol", args.protocol, "--port", "0", "--threads", str(args.threads)]
+    command = ["serve", artifact, "--protocol", protocol, "--port", "0", "--threads", str(threads)]
     server = subprocess.Popen(
         [sys.executable, "-c", "from vlac.cli import main; main()", *command], stderr=subprocess.PIPE, text=True
     )
@@ -211,10 +231,9 @@ def main() -> None:
 
     spawn = multiprocessing.get_context("spawn")
     results = spawn.Queue()
-    began, until = time.time(), time.time() + 60 * args.minutes
+    began, until = time.time(), time.time() + 60 * minutes
     clients = [
-        spawn.Process(target=drive, args=(args.protocol, port, c, seen[c], wanted[c], until, results))
-        for c in range(args.clients)
+        spawn.Process(target=drive, args=(protocol, port, c, seen[c], wanted[c], until, results)) for c in range(count)
     ]
     cpu = cpu_seconds(server.pid)
     for c in clients:
@@ -231,14 +250,16 @@ def main() -> None:
     code = server.wait(30)
     times = np.concatenate([np.asarray(p[0]) for p in parts])
     quarter = max(1, len(memory) // 4)
-    report = {
+    return {
         "policy": facts,
-        "clients": args.clients,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "clients": count,
         "seconds": round(seconds, 1),
         "requests": len(times),
         "per_second": round(len(times) / seconds, 1),
         "server_cpu_ms_per_request": round(cpu * 1e3 / max(1, len(times)), 2),
         "load_average": [round(v, 1) for v in os.getloadavg()],
+        "load_average_before": before,
         "cores": os.cpu_count(),
         "round_trip_ms": {f"p{q}": round(float(np.percentile(times, q)), 2) for q in (50, 95, 99, 100)},
         "fewest_and_most_per_client": [min(len(p[0]) for p in parts), max(len(p[0]) for p in parts)],
@@ -251,12 +272,6 @@ def main() -> None:
         },
         "server_exit_code": code,
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.out is not None:
-        known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-        args.out.write_text(json.dumps({**known, args.protocol: report}, indent=1) + "\n", encoding="utf-8")
-    sys.exit(1 if report["wrong"] or report["lost"] or code else 0)
 
 
 if __name__ == "__main__":

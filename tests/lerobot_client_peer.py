@@ -1,6 +1,7 @@
 """LeRobot's own RobotClient drives push-cubes through a server; run in .venv-lerobot by test_serve_lerobot.py.
 
-Arguments: address, first seed, episodes. Prints one JSON line per episode.
+Arguments: address, first seed, episodes; and actions_per_chunk, chunk_size_threshold, fps (5, 0, 50: every chunk is
+executed to its end). Prints one JSON line per episode.
 """
 
 from __future__ import annotations
@@ -81,15 +82,15 @@ class Cubes(Robot):
         return action
 
 
-def episode(address: str, seed: int) -> dict[str, Any]:
+def episode(address: str, seed: int, per_chunk: int, threshold: float, fps: int) -> dict[str, Any]:
     config = RobotClientConfig(
         policy_type="smolvla",
         pretrained_name_or_path="served",
         robot=CubesConfig(seed=seed),
-        actions_per_chunk=5,
+        actions_per_chunk=per_chunk,
         server_address=address,
-        chunk_size_threshold=0.0,
-        fps=50,
+        chunk_size_threshold=threshold,
+        fps=fps,
         aggregate_fn_name="latest_only",
     )
     client = RobotClient(config)
@@ -115,8 +116,9 @@ if __name__ == "__main__":
     import lerobot.async_inference.robot_client as module
 
     module.make_robot_from_config = lambda config: Cubes(config)  # where LeRobot looks up its drivers of robots
+    per_chunk, threshold, fps = sys.argv[4:] or ("5", "0.0", "50")
     for seed in range(int(sys.argv[2]), int(sys.argv[2]) + int(sys.argv[3])):
-        print(json.dumps(episode(sys.argv[1], seed)), flush=True)
+        print(json.dumps(episode(sys.argv[1], seed, int(per_chunk), float(threshold), int(fps))), flush=True)
     import os
 
     os._exit(0)

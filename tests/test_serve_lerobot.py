@@ -22,7 +22,7 @@ grpc = pytest.importorskip("grpc")
 pytest.importorskip("uvicorn")
 
 from conftest import ROOT
-from serving import TASK, direct, observation, running
+from serving import TASK, Toy, direct, observation, running
 
 from vlac.serve import pickled
 from vlac.serve.lerobot import fields, message
@@ -242,12 +242,47 @@ def test_varints() -> None:
             fields(broken)
 
 
+@pytest.mark.usefixtures("as_lerobot")
+def test_frames_that_did_not_change_are_not_looked_at_again() -> None:
+    """The protocol sends every frame with every state; what depends on frames and instruction alone is found again."""
+    with running("lerobot") as server:
+        stub, reused = Stub(server.port).begin(), []
+        for step, change in enumerate(({}, {"a": 2.5}, {"a": 2.5, "top": np.zeros((9, 9, 3), np.uint8)})):
+            seen = raw(1, moment=[1, step], **change)
+            stub.observe(pickle.dumps(TimedObservation(1.0, step, seen, must_go=step == 1)))
+            actions = np.array([a.action for a in stub.actions()])
+            reused.append(server.toy.session.stats["reused"])
+            pictures = {"top": seen["top"], "wrist": seen["wrist"]}
+            state = np.array([seen[k] for k in "abc"], np.float32)
+            alone = Toy().act({"images": pictures, "state": state, "task": TASK, "moment": (1, step)})
+            np.testing.assert_array_equal(actions, alone[: len(actions)])
+        assert reused[0] == ()
+        assert {"prompt", "vision[0]", "vision[1]"} <= set(reused[1]), reused
+        assert ("vision[0]" in reused[2]) != ("vision[1]" in reused[2]), "one camera is another"
+
+
+def driven(out: Path, serve: tuple[Any, ...], client: tuple[Any, ...], cwd: Path) -> tuple[list[Any], str]:
+    """Episodes that LeRobot's RobotClient drove through `vlac serve`, and the dashboard's data."""
+    from test_serve import Server, get
+
+    with Server(out, "--protocol", "lerobot", "--dashboard", *serve) as server:
+        assert server.process.stderr is not None
+        beside = int(server.process.stderr.readline().rsplit(":", 1)[1])
+        done = subprocess.run(
+            [str(ROOT / ".venv-lerobot/bin/python"), str(ROOT / "tests/lerobot_client_peer.py"),
+             f"127.0.0.1:{server.port}", *map(str, client)],
+            capture_output=True, text=True, timeout=280, cwd=cwd, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        page = get(beside, "/dashboard.json")[1]
+        assert server.end()[0] == 0
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")], page
+
+
 @pytest.mark.lerobot
 def test_robot_client_drives_push_cubes(tmp_path: Path) -> None:
     for module in ("gymnasium", "pymunk", "onnx", "onnxruntime", "torch"):
         pytest.importorskip(module)
-    from test_serve import Server
-
     from vlac.api import compile
     from vlac.drivers import open_driver
     from vlac.environments import PUSH_CUBES, opener
@@ -258,13 +293,11 @@ def test_robot_client_drives_push_cubes(tmp_path: Path) -> None:
     driver = open_driver(out, threads=1)
     local = rollout(driver, opener(PUSH_CUBES), [0, 1, 2], 5)
     driver.close()
-    with Server(out, "--protocol", "lerobot") as server:
-        done = subprocess.run(
-            [str(ROOT / ".venv-lerobot/bin/python"), str(ROOT / "tests/lerobot_client_peer.py"),
-             f"127.0.0.1:{server.port}", "0", "3"],
-            capture_output=True, text=True, timeout=280, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert server.end()[0] == 0
-    episodes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    episodes, _ = driven(out, (), (0, 3), tmp_path)
     assert [e["success"] for e in episodes] == [e.success for e in local]
+    # its next observation goes out while the old chunk is executed; the chunk answers with what will have been
+    episodes, page = driven(out, ("--rtc", "--displacements", "0,1", "--fps", 20), (0, 4, 10, 0.7, 20), tmp_path)
+    assert sum(e["success"] for e in episodes) >= 3, episodes
+    chunks = json.loads(page)["chunks"]
+    seams = [c["handover"] for c in chunks if c["handover"] is not None]
+    assert len(seams) >= 10 and sum(s < 1e-4 for s in seams) >= 0.8 * len(seams), seams

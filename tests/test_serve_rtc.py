@@ -26,7 +26,7 @@ from vlac.drivers import noise_at, open_driver
 from vlac.environments import PUSH_CUBES, open_world
 from vlac.errors import InputError
 from vlac.evaluate import Plan, run_episode
-from vlac.runtime.rtc import closed_loop
+from vlac.runtime.rtc import STEADY, closed_loop
 from vlac.serve.chunking import Chunking, Rtc, rtc_of
 from vlac.serve.core import Answer, Asked
 from vlac.serve.observation import ObservationReader
@@ -243,6 +243,31 @@ def test_the_delay_is_the_slowest_of_the_clients_last_chunks() -> None:
     assert chunking.before(asked("a"))["rtc"] == {}
 
 
+def test_displacements_are_handed_over_instead_of_guided() -> None:
+    with running("openpi", rtc=Rtc(delay=2, displacements=(0, 1))) as server:
+        policy, toy, rows = client(server.port), Toy(), None
+        for step, done, more in ((0, None, {}), (1, 1, {}), (3, 2, {"execution_horizon": 3}), (9, 6, {}), (10, 1, {})):
+            answer = policy.infer(observation(1, moment=[1, step], **as_message(more)))
+            left = None if rows is None else rows[done:]
+            seen = ObservationReader(toy.io).read(observation(1))
+            rtc = closed_loop(2, (0, 1)) | {"max_guidance_weight": STEADY} | more
+            noise = noise_at((1, step), toy.io.noise_shape)
+            chunk = toy.session.act(seen["images"], seen["state"], TASK, noise=noise, prev_chunk=left, **rtc)
+            rows = toy.session.normalised
+            np.testing.assert_array_equal(answer["actions"], chunk)
+            assert answer["guided"] == more.get("execution_horizon", 0)
+
+
+def test_displacements_need_no_loop_that_can_be_guided() -> None:
+    toy = Toy()
+    toy.session.artifact.manifest["single_file"] = True
+    build(toy, Options(rtc=Rtc(displacements=(0,)))).close()
+    with pytest.raises(InputError, match="one graph"):
+        build(toy, Options(rtc=Rtc(displacements=(0,), horizon=2)))
+    with pytest.raises(InputError, match=r"displacements \[4\], expected columns of an action, 0 to 3"):
+        build(Toy(), Options(rtc=Rtc(displacements=(4,))))
+
+
 def test_options_that_do_not_fit_are_refused() -> None:
     assert rtc_of(False, {"horizon": None}) is None and rtc_of(True, {"horizon": 3, "delay": None}) == Rtc(3)
     with pytest.raises(InputError, match="--execution-horizon belongs to --rtc"):
@@ -275,12 +300,14 @@ class Guided(Remote):
         return np.asarray(self.client.infer(message)["actions"])
 
 
-def test_push_cubes_guided_through_the_server_is_eval_with_rtc(cubes: Path) -> None:  # noqa: F811
-    seeds, plan = [0, 1], Plan(5, delay=2, rtc=True)
+@pytest.mark.parametrize("columns", [(), (0, 1)])
+def test_push_cubes_through_the_server_is_eval_with_rtc(columns: tuple[int, ...], cubes: Path) -> None:  # noqa: F811
+    seeds, plan = [0, 1], Plan(2, delay=2, rtc=True, guidance={"displacements": columns} if columns else {})
+    options = ("--displacements", "0,1") if columns else ()
     driver, world = open_driver(cubes, threads=1), open_world(PUSH_CUBES)
     local = [run_episode(driver, world, s, plan) for s in seeds]
     driver.close()
-    with Server(cubes, "--protocol", "openpi", "--rtc", "--shadow", cubes, "--shadow-every", 1) as server:
+    with Server(cubes, "--protocol", "openpi", "--rtc", *options, "--shadow", cubes, "--shadow-every", 1) as server:
         served = [run_episode(Guided(server.port), world, s, plan) for s in seeds]
         code, said = server.end()
     world.close()

@@ -62,7 +62,8 @@ class ArtifactDriver:
         rtc: dict[str, Any] = dict(observation.get("rtc", {}))
         if "replayed" in observation and self.session.normalised is not None:
             done, delay = observation["replayed"]
-            rtc = {**closed_loop(delay), **rtc, "prev_chunk": self.session.normalised[done:]}
+            usual = closed_loop(delay, rtc.get("displacements", ()))
+            rtc = {**usual, **rtc, "prev_chunk": self.session.normalised[done:]}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", VlacWarning)  # a prompt that is cut is said when compiling
             return self.session.act(state=observation["state"], noise=noise, **frames, **rtc)

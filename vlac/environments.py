@@ -41,6 +41,8 @@ class Adapter:
         success: path of a boolean in the info of `step`.
         hold: what the robot does when it has no action left: "last" repeats it (positions), "zero" stands still
             (displacements, velocities).
+        displacements: columns of an action that move the robot by so much, all in one unit: with real-time chunking
+            late chunks make up for what they missed (vlac.runtime.hand_over).
         fps: control rate; default: the environment's render_fps.
         max_steps: where the environment bounds its episodes too late, or not at all.
         imports: modules that register the environment.
@@ -57,6 +59,7 @@ class Adapter:
     goal: tuple[str, ...] = ()
     success: str = "is_success"
     hold: str = "last"
+    displacements: tuple[int, ...] = ()
     fps: float | None = None
     max_steps: int | None = None
     imports: tuple[str, ...] = ()
@@ -73,6 +76,7 @@ PUSH_CUBES = Adapter(
     goal=("target", "direction"),
     success="success",
     hold="zero",
+    displacements=(0, 1),
     imports=("vlac.sim",),
     extra="pip install 'vlac-compiler[sim]'",
     unseen_below=100_000,
@@ -114,6 +118,7 @@ def read_adapter(path: Path, env: str) -> Adapter:
     if not isinstance(options, dict):
         raise InputError(f"{path}: options must be a mapping")
     lists: dict[str, Any] = {key: _texts(path, key, found.get(key, [])) for key in ("state", "goal", "imports")}
+    lists["displacements"] = _columns(path, found.get("displacements", []))
     plain = {key: _plain(path, key, found[key]) for key in _KINDS if key in found}
     if bool(plain.get("task")) == bool(plain.get("task_from")):
         raise InputError(f"{path}: give either task (a text) or task_from (its path in the info of reset)")
@@ -141,6 +146,12 @@ def _texts(path: Path, key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
         raise InputError(f"{path}: {key} is {value!r}, expected a list of texts")
     return tuple(values)
+
+
+def _columns(path: Path, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value):
+        raise InputError(f"{path}: displacements is {value!r}, expected a list of columns of an action, from 0 on")
+    return tuple(value)
 
 
 def _parsed(path: Path) -> Any:

@@ -36,7 +36,8 @@ def eval_text(r: Report) -> str:
         ("delay", f"{number(d['ms'])} ms = {d['steps']} steps ({d['from']})" if d["ms"] else d["from"]),
     ]
     if r.get("rtc"):
-        rows.append(("chunks", "each goes on from the one before (real-time chunking)"))
+        handed = ", and makes up for what its late rows would have moved" if r.get("displacements") else ""
+        rows.append(("chunks", f"each goes on from the one before (real-time chunking){handed}"))
     if r["control"] != "none":
         rows.append(("control", _CONTROL[r["control"]]))
     lines = [f"{r['environment']}: {r['artifact']}", *pairs(rows), ""]

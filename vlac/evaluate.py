@@ -307,7 +307,7 @@ def evaluate(
         workers: processes. More than 1 needs a main module that can be imported (`if __name__ == "__main__":`).
         pictures: folder for a GIF and a PNG strip of the first episode that succeeded and the first that failed.
 
-        rtc: real-time chunking, of `path` and of `against`; guidance: see `Plan`.
+        rtc: real-time chunking, of `path` and of `against`, with the adapter's `displacements`; guidance: see `Plan`.
 
     Returns: the report as JSON values. Raises VlacError for what cannot be run.
     """
@@ -322,7 +322,8 @@ def evaluate(
         waited = _delay(delay, driver, world, seeds, progress)
         steps = math.ceil(waited["ms"] * world.fps / 1e3)
         n = n_action_steps or min(driver.io.n_action_steps, steps if rtc and steps else driver.io.n_action_steps)
-        plan = Plan(n, steps, rtc, guidance or {})
+        handed = {"displacements": adapter.displacements} if adapter.displacements else {}
+        plan = Plan(n, steps, rtc, {**handed, **(guidance or {})} if rtc else {})
         _fits(np.zeros((driver.io.chunk_size, driver.io.action_dim)), plan, world)
         told = instructions(world, seeds, control)
         fps, longest = world.fps, world.max_steps
@@ -339,6 +340,7 @@ def evaluate(
         "seeds": [seeds[0], seeds[-1]],
         "n_action_steps": n,
         "rtc": rtc,
+        "displacements": list(plan.guidance.get("displacements", ())),
         "control": control,
         "control_hz": fps,
         "max_steps": longest,

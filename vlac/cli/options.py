@@ -130,6 +130,14 @@ def key_values(items: list[str] | None, option: str) -> dict[str, str]:
     return result
 
 
+def columns(text: str, option: str) -> tuple[int, ...]:
+    """ "0,1" -> (0, 1); InputError when it is no list of numbers."""
+    parts = text.split(",")
+    if not all(p.strip().isascii() and p.strip().isdigit() for p in parts):
+        raise InputError(f"{option} {text!r}: columns of an action, such as 0,1,2")
+    return tuple(int(p) for p in parts)
+
+
 def on_torch(engine: str | None, device: str | None, dtype: str | None) -> tuple[str | None, dict[str, Any]]:
     """The engine and its options; --device and --dtype mean torch, InputError when another engine is named."""
     given = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}

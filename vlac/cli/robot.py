@@ -15,6 +15,7 @@ from vlac.cli.options import (
     Save,
     Threads,
     app,
+    columns,
     finish,
     guarded,
     key_values,
@@ -74,6 +75,10 @@ def serve_command(
         int | None,
         typer.Option(min=1, help="With --rtc: actions between observations, of clients that do not say."),
     ] = None,
+    displacements: Annotated[
+        str | None,
+        typer.Option(metavar="0,1,...", help="With --rtc: columns of an action that move the robot by so much."),
+    ] = None,
     rename: Annotated[
         list[str] | None,
         typer.Option("--rename", metavar="THEIRS=OURS", help="A client's key under the policy's name; repeatable."),
@@ -94,6 +99,7 @@ def serve_command(
         "schedule": schedule,
         "most": max_guidance_weight,
         "executed": executed,
+        "displacements": None if displacements is None else columns(displacements, "--displacements"),
     }
     options = Options(
         protocol=protocol,

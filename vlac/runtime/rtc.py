@@ -9,7 +9,7 @@ every engine that runs the loop turn by turn, and without guidance nothing is di
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +29,17 @@ STEADY = 2.0
 """The least value of `guidance_weight`, at half time: as a bound it makes the pull the same in every turn."""
 
 
-def closed_loop(delay: int) -> dict[str, Any]:
+def closed_loop(delay: int, displacements: Sequence[int] = ()) -> dict[str, Any]:
     """Arguments of `Session.act` for a robot's loop that says nothing else: keep what the robot will have executed, and
-    leave what it has not to the newer observation.
+    leave what it has not to the newer observation. Where actions are displacements, by handing the path over
+    (vlac.runtime.hand_over) instead of guidance, which would draw its first rows away from what the observation says.
 
     LeRobot's defaults are for chunks of 50: a horizon of 10 rows is most of what is left of a chunk of 10. And its
     weight is larger than the flow's own path warrants where the time is near 0 or 1, for it stands where the derivative
     of a network would make it smaller. Both cost success on push-cubes (docs/rtc.md).
     """
+    if displacements:
+        return {"inference_delay": delay, "execution_horizon": 0, "displacements": tuple(displacements)}
     return {"inference_delay": delay, "execution_horizon": delay, "max_guidance_weight": STEADY}
 
 
@@ -140,11 +143,11 @@ def guidance(
 def check_guidable(program: Program, io: IO, tensor: Callable[[str], NpArray]) -> tuple[str, NpArray]:
     """`euler_loop` of a policy that can be guided; InputError for one that cannot."""
     found = euler_loop(program, tensor)
-    _same_meaning(io)
+    check_meaning(io)
     return found
 
 
-def _same_meaning(io: IO) -> None:
+def check_meaning(io: IO) -> None:
     """InputError where an earlier chunk's numbers say something else now, or are not the loop's own."""
     if any(s.step == "add_state" for s in io.action_steps):
         raise InputError(

@@ -10,7 +10,7 @@ import dataclasses
 import threading
 import time
 import warnings as python_warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from vlac.errors import ArtifactError, EngineError, InputError, VlacWarning
 from vlac.integrity import Verification
 from vlac.io import IO
 from vlac.runtime.actions import ACTION_STEPS, apply_action_steps
+from vlac.runtime.hand_over import handed_over
 from vlac.runtime.inputs import Prepared, bind, observe, prepare, resolve_units, runtime_types
 from vlac.runtime.observation import IMAGE_STEPS, STATE_STEPS, Array, apply_steps, check_steps
 from vlac.runtime.reuse import Reuse
@@ -248,6 +249,7 @@ class Session:
         execution_horizon: int = HORIZON,
         schedule: str = "linear",
         max_guidance_weight: float = MAX_WEIGHT,
+        displacements: Sequence[int] = (),
         source: str = "",
     ) -> Array:
         """One observation -> one action chunk, float32 [chunk_size, action_dim], or its first `n_actions` rows.
@@ -270,7 +272,10 @@ class Session:
                 `normalised` from this observation's control step on, [T, action_dim]; None or no rows: no guidance.
             inference_delay: its first rows, which will be executed before this chunk is there; the new chunk keeps
                 them. execution_horizon: up to this row the new chunk is drawn to the old one, less and less, as
-                `schedule` says: "zeros", "ones", "linear", "exp". max_guidance_weight: how hard at most.
+                `schedule` says: "zeros", "ones", "linear", "exp"; 0: it is not. max_guidance_weight: how hard at most.
+            displacements: columns of an action that move the robot by so much. With `prev_chunk` (no rows: the robot
+                stands) the rows after `inference_delay` make up for what the late ones would have moved otherwise
+                (vlac.runtime.hand_over).
             source: whose `observe` counts.
 
         Raises:
@@ -307,7 +312,7 @@ class Session:
                 scene=None if seen is None else seen.scene,
             )
             guide = None
-            if prev_chunk is not None and len(prev_chunk):
+            if prev_chunk is not None and len(prev_chunk) and not (displacements and execution_horizon == 0):
                 guide = guidance(
                     self.artifact.program,
                     io,
@@ -332,6 +337,8 @@ class Session:
                 known=None if seen is None else seen.values,
                 guide=guide,
             )
+            if displacements and prev_chunk is not None:
+                x = handed_over(io, x, prev_chunk, inference_delay, displacements)
             self._last = (io, x[:n_actions])
             steps = io.action_steps if units == "robot" else io.normalised_action_steps
             # a copy: the steps may be none, and what a stage returned is kept for the next call

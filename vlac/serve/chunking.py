@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from vlac.errors import InputError
-from vlac.runtime.rtc import STEADY, check_guidable, closed_loop, prefix_weights
+from vlac.runtime.hand_over import check_columns
+from vlac.runtime.rtc import STEADY, check_guidable, check_meaning, closed_loop, prefix_weights
 from vlac.runtime.session import Session
 from vlac.serve.core import Answer, Asked
 from vlac.serve.refusal import Refused
@@ -35,6 +36,8 @@ class Rtc:
     delay: control steps that pass until a chunk arrives; None: the slowest of the client's last chunks, from the
         observation's arrival to the answer, in control steps, rounded up.
     executed: actions that a client takes between two observations, where it does not tell.
+    displacements: columns of an action that move the robot by so much; chunks are handed over, not guided, then
+        (vlac.runtime.hand_over), unless a horizon says so.
     """
 
     horizon: int | None = None
@@ -42,6 +45,7 @@ class Rtc:
     most: float = STEADY
     delay: int | None = None
     executed: int | None = None
+    displacements: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         prefix_weights(self.schedule, self.delay or 0, self.horizon or 0, 1)
@@ -49,6 +53,11 @@ class Rtc:
             raise InputError(f"--max-guidance-weight {self.most!r}: a number above 0")
         if self.executed is not None and self.executed < 1:
             raise InputError(f"--executed {self.executed!r}: a number of control steps, 1 or more")
+
+    @property
+    def guides(self) -> bool:
+        """Whether chunks are drawn to what is left of the one before where a message says nothing."""
+        return self.horizon is not None or not self.displacements
 
 
 def rtc_of(asked: bool, given: Mapping[str, Any]) -> Rtc | None:
@@ -76,16 +85,19 @@ class Chunking:
     """The core's `before`, and the last of its `after`; both run in the policy's thread.
 
     Args:
-        session: the policy's; InputError where it cannot be guided.
+        session: the policy's; InputError where its chunks cannot go on from another.
         fps: control steps per second.
     """
 
     def __init__(self, session: Session, rtc: Rtc, fps: int) -> None:
         artifact = session.artifact
-        if artifact.manifest.get("single_file"):
+        check_columns(session.io, rtc.displacements)
+        if rtc.guides and artifact.manifest.get("single_file"):
             raise InputError(f"--rtc: {artifact.path} is one graph, and its loop cannot be guided from outside")
         try:
-            check_guidable(artifact.program, artifact.io, lambda name: artifact.tensors[name].decode())
+            if rtc.guides:
+                check_guidable(artifact.program, artifact.io, lambda name: artifact.tensors[name].decode())
+            check_meaning(artifact.io)
         except InputError as error:
             raise InputError(f"--rtc: {error.message}", remedy=error.remedy) from None
         self.session, self.rtc, self.fps = session, rtc, fps
@@ -105,11 +117,11 @@ class Chunking:
         delay = told.get("inference_delay", self.rtc.delay)
         if delay is None:
             delay = math.ceil(max(known.latencies, default=0.0) * self.fps / 1e3)
-        usual = {"max_guidance_weight": self.rtc.most, "schedule": self.rtc.schedule}
+        usual: dict[str, Any] = {"max_guidance_weight": self.rtc.most, "schedule": self.rtc.schedule}
         if self.rtc.horizon is not None:
             usual["execution_horizon"] = self.rtc.horizon
         said = {k: v for k, v in told.items() if k not in ("executed", "reset")}
-        guidance = {**closed_loop(delay), **usual, **said, "prev_chunk": left}
+        guidance = {**closed_loop(delay, self.rtc.displacements), **usual, **said, "prev_chunk": left}
         known.guided = min(len(left), guidance["execution_horizon"])
         return {**asked.observation, "rtc": guidance}
 
@@ -126,9 +138,10 @@ class Chunking:
                 "how many actions were executed since the last observation is not told",
                 remedy="send moment [seed, step] or rtc/executed, or start with --executed N",
             )
-        if known.rows is None or told.get("reset") or done is None or done >= len(known.rows):
+        if known.rows is None or told.get("reset") or done is None:
             return None
-        return known.rows[done:]
+        left = known.rows[done:]
+        return left if len(left) or self.rtc.displacements else None  # a robot that stands can be handed a path
 
     def chunk(self, asked: Asked, answer: Answer) -> Answer:
         """Keeps what leaves; a held robot goes on from nothing."""

@@ -173,6 +173,9 @@ class Core:
         except Refused as error:
             self._count(error.code)
             raise
+        except Exception as error:  # whatever a reader breaks on, the connection and the others go on
+            log.exception("a message of %s could not be read", client)
+            raise self.refused("failed", f"{type(error).__name__}: {error}") from None
         if self._eyes is not None and observation.get("observe"):
             return self._eyes.submit(client, observation, step)
         return self.submit(client, observation, step)

@@ -34,6 +34,8 @@ WAIT_S = 2.0
 READ_S = 20.0
 IDLE_S = 60.0
 BEGIN, MIDDLE, END = 1, 2, 3
+MAX_FIELDS = 64
+"""LeRobot's messages have two at most."""
 STATUS = {
     "unauthorised": "UNAUTHENTICATED",
     "too_large": "RESOURCE_EXHAUSTED",
@@ -61,7 +63,9 @@ def fields(data: bytes) -> dict[int, Any]:
             if byte < 128:
                 return value, at
 
-    while at < len(data):
+    for _ in range(MAX_FIELDS):
+        if at >= len(data):
+            return found
         tag, at = varint(at)
         value, at = varint(at)
         if tag & 7 == 0:
@@ -71,6 +75,8 @@ def fields(data: bytes) -> dict[int, Any]:
             at += value
         else:
             raise Refused("malformed", "no protobuf message of LeRobot")
+    if at < len(data):
+        raise Refused("malformed", f"a protobuf message of more than {MAX_FIELDS} fields")
     return found
 
 
@@ -193,7 +199,7 @@ class LeRobot:
         client.names = names
         client.per_chunk = per if isinstance(per, int) and per > 0 else None
         log.info(
-            "client %s asks for %s; the served policy answers", context.peer(), found.get("pretrained_name_or_path")
+            "client %s asks for %.80r; the served policy answers", context.peer(), found.get("pretrained_name_or_path")
         )
         return b""
 

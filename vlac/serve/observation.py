@@ -162,6 +162,8 @@ def numbers(key: str, value: Any) -> NpArray:
     """float32, finite, of an array or a list of numbers."""
     if not isinstance(value, (np.ndarray, list, tuple, int, float, np.number)) or isinstance(value, bool):
         raise Refused("input", f"{key} is {_kind(value)}, expected numbers")
+    if isinstance(value, (list, tuple)) and not _plain_numbers(value):
+        raise Refused("input", f"{key} holds something else than numbers")  # NumPy pads texts to the longest
     try:
         array = np.asarray(value)
         if array.dtype.kind not in "iuf":
@@ -173,6 +175,15 @@ def numbers(key: str, value: Any) -> NpArray:
     if not np.isfinite(array).all():
         raise Refused("input", f"{key} holds NaN or Inf")
     return np.array(array)
+
+
+def _plain_numbers(values: Any, depth: int = 0) -> bool:
+    return depth < 4 and all(
+        _plain_numbers(v, depth + 1)
+        if isinstance(v, (list, tuple))
+        else isinstance(v, (int, float, np.ndarray, np.number)) and not isinstance(v, bool)
+        for v in values
+    )
 
 
 def _task(key: str, value: Any) -> str:

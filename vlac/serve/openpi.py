@@ -21,6 +21,7 @@ from vlac.serve.wire import need, pack, unpack
 log = logging.getLogger("vlac.serve")
 IN_FLIGHT = 8
 """Messages of one client that may await their reply; then the server stops reading from it."""
+MAX_FRAMES = 1024
 SEND_S = 20.0
 """A client that does not take its reply within this time is disconnected."""
 
@@ -103,10 +104,22 @@ class OpenPI:
     async def _receive(self, connection: Any, client: str, replies: asyncio.Queue[Any]) -> None:
         try:
             await connection.send(pack(self.pages.facts))
-            async for message in connection:
+            while (message := await self._message(connection)) is not None:
                 await replies.put(self._ask(client, message))
         except need("websockets.exceptions").ConnectionClosed:
             log.info("client %s went away", client)
+
+    async def _message(self, connection: Any) -> bytes | str | None:
+        """The next message; None, and the connection closed, for one in very many frames: they may be empty, and weigh
+        more here than on the wire."""
+        parts: list[Any] = []
+        async for part in connection.recv_streaming():
+            parts.append(part)
+            if len(parts) > MAX_FRAMES:
+                error = self.core.refused("too_large", f"a message of more than {MAX_FRAMES} frames")
+                await connection.close(1009, error.text)
+                return None
+        return ("" if isinstance(parts[0], str) else b"").join(parts)
 
     def _ask(self, client: str, message: Any) -> Any:
         """The future of an answer, or the refusal."""

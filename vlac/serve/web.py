@@ -24,7 +24,7 @@ from vlac.serve.core import Answer, Core, plain
 from vlac.serve.observation import MAX_SIDE, ObservationReader
 from vlac.serve.pages import Pages
 from vlac.serve.refusal import Refused
-from vlac.serve.wire import need, npy, npy_bytes
+from vlac.serve.wire import MAX_ITEMS, need, npy, npy_bytes
 
 NpArray = np.ndarray[Any, Any]
 log = logging.getLogger("vlac.serve")
@@ -33,6 +33,8 @@ FORMS = ("npy", "png", "jpeg")
 READ_S = 20.0
 """A body must be here within this time."""
 
+HEAD_S = 10.0
+"""A request's line and headers must be here within this time of the connection's beginning, or of their first byte."""
 IDLE_S = 30.0
 
 
@@ -57,7 +59,7 @@ class Web:
         config = uvicorn.Config(
             self.app(), host=host, port=port, log_level="warning", access_log=False, lifespan="off",
             limit_concurrency=4 * self.core.max_clients, timeout_keep_alive=30, timeout_graceful_shutdown=12,
-            server_header=False, ws="none", http="h11", loop="none", h11_max_incomplete_event_size=16384,
+            server_header=False, ws="none", http=_timed(self.core), loop="none", h11_max_incomplete_event_size=16384,
         )  # fmt: skip
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # signals are ours
@@ -166,6 +168,10 @@ class Web:
         return bytes(body)
 
     def _read(self, body: bytes) -> dict[str, Any]:
+        if sum(map(body.count, (b",", b"[", b"{"))) > MAX_ITEMS:
+            raise Refused(
+                "malformed", f"JSON of more than {MAX_ITEMS} values", remedy="send pictures as npy, png or jpeg"
+            )
         try:
             found = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -182,6 +188,47 @@ class Web:
             }
             return responses.Response(npy_bytes(answer.chunk), media_type=NPY, headers=headers)
         return responses.JSONResponse(plain(answer, answer.chunk.tolist(), "timing"))
+
+
+def _timed(core: Core) -> Any:
+    """uvicorn's HTTP/1.1, without patience for requests that never get to their end: they would take the places of
+    those that do."""
+    h11 = need("h11")
+    base = need("uvicorn.protocols.http.h11_impl").H11Protocol
+
+    class Timed(base):  # type: ignore[misc, valid-type]
+        late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.watch()
+
+        def connection_lost(self, error: Any) -> None:
+            self.forget()
+            super().connection_lost(error)
+
+        def watch(self) -> None:
+            if self.conn.their_state is not h11.IDLE:
+                self.forget()
+            elif self.late is None:
+                self.late = asyncio.get_running_loop().call_later(HEAD_S, self.end)
+
+        def forget(self) -> None:
+            if self.late is not None:
+                self.late.cancel()
+                self.late = None
+
+        def end(self) -> None:
+            self.late = None
+            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+                core.refused("malformed", "slow headers")
+                self.send_400_response(f"malformed: the request's headers did not arrive within {HEAD_S:g} s")
+
+    return Timed
 
 
 def _decoded(found: Any, most: int, depth: int = 0) -> Any:

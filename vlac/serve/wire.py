@@ -18,6 +18,16 @@ NpArray = np.ndarray[Any, Any]
 DTYPES = frozenset(("|b1", "|u1", "|i1", *(f"<{k}{n}" for k, n in (*(("i", n) for n in (2, 4, 8)),
                    *(("u", n) for n in (2, 4, 8)), *(("f", n) for n in (2, 4, 8))))))  # fmt: skip
 MAX_RANK = 6
+MAX_ITEMS = 20_000
+"""Values in a message: an empty list is one byte of msgpack and dozens in memory."""
+_SIZES = {
+    **dict(zip(range(0xC4, 0xCA), ((1, 0), (2, 0), (4, 0), (1, 1), (2, 1), (4, 1)), strict=True)),
+    **dict(zip(range(0xD9, 0xDC), ((1, 0), (2, 0), (4, 0)), strict=True)),
+}
+"""msgpack's bin, ext and str: bytes of the length, and bytes behind it that the length does not count."""
+_FIXED = dict(zip(range(0xCA, 0xD9), (4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 2, 3, 5, 9, 17), strict=True))
+_NESTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
+"""Arrays and maps: bytes of the length, and values for each that it counts."""
 
 
 def need(module: str) -> Any:
@@ -53,12 +63,37 @@ def array(data: Any, dtype: Any, shape: Any) -> NpArray:
     return np.frombuffer(data, dtype=kind).reshape(shape)
 
 
+def check_items(message: bytes) -> None:
+    """Refused("malformed") for msgpack of more than MAX_ITEMS values; what is broken is left to its reader."""
+    at, coming = 0, 1
+    for _ in range(MAX_ITEMS):
+        if not coming or at >= len(message):
+            return
+        code, at, coming = message[at], at + 1, coming - 1
+        if 0x80 <= code < 0xA0:
+            coming += (code & 15) * (1 if code & 16 else 2)
+        elif 0xA0 <= code < 0xC0:
+            at += code & 31
+        elif code in _SIZES:
+            width, more = _SIZES[code]
+            at += width + more + int.from_bytes(message[at : at + width], "big")
+        elif code in _NESTED:
+            width, each = _NESTED[code]
+            coming += each * int.from_bytes(message[at : at + width], "big")
+            at += width
+        else:
+            at += _FIXED.get(code, 0)
+    if coming and at < len(message):
+        raise Refused("malformed", f"a message of more than {MAX_ITEMS} values", remedy="send arrays as arrays")
+
+
 def unpack(message: bytes) -> Any:
     """A msgpack message with arrays as openpi's client writes them (`__ndarray__`, `__npgeneric__`).
 
     Raises Refused("malformed").
     """
     msgpack = need("msgpack")
+    check_items(message)
 
     def hook(found: dict[Any, Any]) -> Any:
         if b"__ndarray__" in found or "__ndarray__" in found:
