@@ -312,3 +312,45 @@ def test_what_a_reader_does_not_foresee_is_a_refusal(protocol: str, monkeypatch:
         assert said.startswith("failed: MemoryError: no more")
         assert server.served.watch.page()["counts"]["failed"] == 1
         assert said_by(protocol, server.port, of(protocol)) == "answered"
+
+
+@pytest.mark.parametrize("protocol", ["openpi", "http"])
+def test_what_is_said_twice_is_not_guessed(protocol: str) -> None:
+    """One would win silently, by the order of the keys."""
+    seen = observation(1)
+    with running(protocol) as server:
+        for more, said in (
+            ({"task": "another"}, "input: the instruction is given twice, the second time as 'task'"),
+            ({"agent_pos": seen["observation/state"] + 1}, "input: the state is given twice"),
+            ({"top": seen["observation/images/top"]}, "input: camera observation.images.top is given twice"),
+        ):
+            assert said_by(protocol, server.port, {**seen, **more}).startswith(said)
+        still_serves(protocol, server)
+
+
+def test_http_requests_of_the_rarer_kinds() -> None:
+    """Each is answered with a status; none above 500 but 501."""
+    body = json.dumps(as_json(observation(1))).encode()
+    n, base = len(body), "Host: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    requests = [
+        (f"POST /act HTTP/1.1\r\n{base}Content-Length: {n}\r\nExpect: 100-continue", body, (100, 200)),
+        (f"POST /act HTTP/1.1\r\n{base}Content-Length: {n}\r\nExpect: miracles", body, (200, 417)),
+        (f"POST /act HTTP/1.1\r\n{base}Content-Length: {'9' * 5000}", body, (400, 413)),
+        (f"POST /act HTTP/1.1\r\n{base}Content-Length: +{n}", body, (400,)),
+        (f"POST /act HTTP/1.1\r\n{base}Content-Length: {n}\r\nTransfer-Encoding: chunked", body, (400,)),
+        (f"POST /act HTTP/1.1\r\n{base}Content-Length: {n}\r\nContent-Encoding: gzip", body, (200, 400, 415)),
+        (f"HEAD /act HTTP/1.1\r\n{base}", b"", (405,)),
+        (f"OPTIONS /act HTTP/1.1\r\n{base}", b"", (405,)),
+        (f"CONNECT a:1 HTTP/1.1\r\n{base}", b"", (400, 404, 405)),
+        (f"GET /dashboard HTTP/1.1\r\n{base}Upgrade: websocket", b"", (200, 404, 426)),
+        ("GET /healthz HTTP/1.1\r\nHost: a\r\nX: " + "a" * 70_000, b"", (200, 400, 431)),
+        ("GET /healthz HTTP/1.1\r\nHost: a\r\n" + "X: a\r\n" * 5000, b"", (200, 400, 431)),
+    ]
+    with running("http") as server:
+        for head, more, statuses in requests:
+            with socket.create_connection(("127.0.0.1", server.port), 20) as raw_:
+                with contextlib.suppress(OSError):
+                    raw_.sendall(head.rstrip().encode() + b"\r\n\r\n" + more)
+                said = received(raw_)
+            assert not said or int(said.split()[1]) in statuses, (head[:200], said[:200])
+        still_serves("http", server)

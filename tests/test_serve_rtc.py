@@ -188,6 +188,7 @@ WRONG = {
     "no text": ({"rtc/schedule": 3}, "rtc/schedule"),
     "weight": ({"rtc/max_guidance_weight": 0.0}, "expected a number above 0"),
     "NaN": ({"rtc/max_guidance_weight": float("nan")}, "expected a number above 0"),
+    "too hard": ({"rtc/max_guidance_weight": 1e30}, "expected a number above 0, at most 1000"),
     "Inf": ({"rtc/max_guidance_weight": float("inf")}, "expected a number above 0"),
     "reset": ({"rtc/reset": 1}, "expected true or false"),
     "unknown": ({"rtc/prev_chunk": np.zeros((2, 4))}, "unknown key 'rtc/prev_chunk'; there are rtc/inference_delay"),
@@ -272,7 +273,14 @@ def test_options_that_do_not_fit_are_refused() -> None:
     assert rtc_of(False, {"horizon": None}) is None and rtc_of(True, {"horizon": 3, "delay": None}) == Rtc(3)
     with pytest.raises(InputError, match="--execution-horizon belongs to --rtc"):
         rtc_of(False, {"horizon": 3})
-    for wrong in ({"horizon": -1}, {"schedule": "cosine"}, {"most": 0.0}, {"delay": -1}, {"executed": 0}):
+    for wrong in (
+        {"horizon": -1},
+        {"schedule": "cosine"},
+        {"most": 0.0},
+        {"most": 1e30},
+        {"delay": -1},
+        {"executed": 0},
+    ):
         with pytest.raises(InputError):
             Rtc(**wrong)
     with pytest.raises(InputError, match="only artifacts are guided"):

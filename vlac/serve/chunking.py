@@ -20,6 +20,7 @@ from vlac.runtime.hand_over import check_columns
 from vlac.runtime.rtc import STEADY, check_guidable, check_meaning, closed_loop, prefix_weights
 from vlac.runtime.session import Session
 from vlac.serve.core import Answer, Asked
+from vlac.serve.observation import MAX_WEIGHT
 from vlac.serve.refusal import Refused
 
 NpArray = np.ndarray[Any, Any]
@@ -49,8 +50,8 @@ class Rtc:
 
     def __post_init__(self) -> None:
         prefix_weights(self.schedule, self.delay or 0, self.horizon or 0, 1)
-        if not (math.isfinite(self.most) and self.most > 0):
-            raise InputError(f"--max-guidance-weight {self.most!r}: a number above 0")
+        if not 0 < self.most <= MAX_WEIGHT:
+            raise InputError(f"--max-guidance-weight {self.most!r}: a number above 0, at most {MAX_WEIGHT:g}")
         if self.executed is not None and self.executed < 1:
             raise InputError(f"--executed {self.executed!r}: a number of control steps, 1 or more")
 

@@ -6,7 +6,6 @@ key is refused: a camera with a wrong name would otherwise be a camera that is s
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,6 +25,8 @@ MOMENT = "moment"
 OBSERVE = "observe"
 """True: frames alone; later observations of the client without frames are answered by them."""
 MAX_SIDE, MAX_TASK = 8192, 4096
+MAX_WEIGHT = 1000.0
+"""Of guidance, a hundred times LeRobot's default; far more of it makes actions of any size."""
 RTC = "rtc"
 """Mapping of what a client says about real-time chunking; see `guiding`."""
 _SEEDS = 2**63
@@ -86,8 +87,12 @@ class ObservationReader:
                 raise Refused("input", f"camera {camera} is given twice, the second time as {key!r}")
             seen["images"][camera] = picture(key, value)
         elif last in STATES:
+            if seen["state"] is not None:
+                raise Refused("input", f"the state is given twice, the second time as {key[:80]!r}")
             seen["state"] = self._state(key, value)
         elif last in TASKS:
+            if seen["task"] is not None:
+                raise Refused("input", f"the instruction is given twice, the second time as {key[:80]!r}")
             seen["task"] = _task(key, value)
         elif plain == MOMENT:
             seen["moment"] = moment(value)
@@ -223,8 +228,8 @@ def guiding(key: str, name: str, value: Any) -> Any:
         found = found.lower() if isinstance(found, str) else found
         fits, expected = found in SCHEDULES if isinstance(found, str) else False, f"one of {', '.join(SCHEDULES)}"
     elif name == "max_guidance_weight":
-        fits = (whole or isinstance(found, float)) and 0 < found < math.inf
-        expected = "a number above 0"
+        fits = (whole or isinstance(found, float)) and 0 < found <= MAX_WEIGHT
+        expected = f"a number above 0, at most {MAX_WEIGHT:g}"
     elif name == "reset":
         fits, expected = isinstance(found, bool), "true or false"
     else:
