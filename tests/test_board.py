@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -319,3 +320,32 @@ def test_the_sampler_looks_until_it_is_told_to_end(board: Callable[[str], Tree],
     looks = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(looks) >= 3 and looks[0]["processes"]["77"] == ["compile this", 5.0]
     assert looks[1]["throttling"] == {"get_throttled": 0} and looks[1]["energy"]["source"] == "PMIC"
+
+
+@pytest.mark.parametrize("name", BOARDS)
+@pytest.mark.parametrize("seed", range(12))
+def test_files_that_vanish_break_or_change_during_a_run(name: str, seed: int, tmp_path: Path) -> None:
+    """Whatever a board's files say, and say a moment later: figures or reasons, never a crash or a NaN."""
+    rng = random.Random(f"{name} {seed}")
+    root = write_board(tmp_path / name, BOARDS[name])
+    tree, looks = Tree(root), []
+    about = readers.describe(tree)
+    for i in range(9):
+        for file in rng.sample(sorted(BOARDS[name]), rng.randrange(1, 8)):
+            path, text = root / file, BOARDS[name][file]
+            if path.exists():
+                path.chmod(0o644)
+            say = rng.choice(
+                ["", "garbage\n", "-1\n", "99999999999999999999\n", "nan\n", "0x\n", "\x00\xff", text, text]
+            )
+            path.unlink() if path.exists() and rng.random() < 0.3 else path.write_text(say, encoding="utf-8")
+            if path.exists() and rng.random() < 0.2:
+                path.chmod(0)  # which root reads all the same
+        about = readers.describe(tree) if i == 4 else about
+        looks.append({**json.loads(json.dumps(sampler.look(tree), default=str)), "t": i * 0.5})
+    for run in (RUN, Run(start=1.1, end=1.2, threads=1, chunks=1, cpu_s=0.1)):
+        found = summarise(tree, looks, run, about)
+        verdict, remarks = judge(found, 200)
+        text = json.dumps(found, allow_nan=False)
+        assert verdict in ("VALID", "INVALID", "UNVERIFIED") and all(isinstance(r, str) for r in remarks)
+        assert "null" not in text.replace('"null"', "")

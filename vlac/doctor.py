@@ -34,6 +34,7 @@ COMPILE_SIDE: Mapping[str, str] = {
 }
 """Distribution -> why a machine that compiles wants it; a robot does not."""
 
+NO_BITS = "not available: no Raspberry Pi's get_throttled here"
 TIMEOUT_S = 180.0
 
 # y[2,3] = x[2,4] @ w[4,3] as an ONNX model (opset 17, ir 8), with w[i,j] = i - j. Small enough to keep as bytes.
@@ -89,8 +90,8 @@ def examine() -> dict[str, Any]:
         "available_bytes": memory.get("available", 0),
         "swap_used_bytes": memory.get("swap_used", 0),
         "emulated": machine.emulation(),
-        "temperature_c": None if isinstance(heat, Absent) else max(heat.values()),
-        "throttled": None if isinstance(throttling, Absent) else throttling.get("get_throttled"),
+        "temperature_c": str(heat) if isinstance(heat, Absent) else max(heat.values()),
+        "throttled": str(throttling) if isinstance(throttling, Absent) else throttling.get("get_throttled", NO_BITS),
         "engines": engines,
         "targets": {t.name: _target(t, tried, engines) for t in targets.all()},
         "compile_side": side,
@@ -264,9 +265,9 @@ def text(d: Mapping[str, Any]) -> str:
         rows.append(("board", m["board"]))
     if m["governor"]:
         rows.append(("governor", m["governor"]))
-    if d["temperature_c"] is not None:
+    if not isinstance(d["temperature_c"], str):
         rows.append(("temperature", f"{d['temperature_c']:.0f} C"))
-    if d["throttled"]:
+    if d["throttled"] and not isinstance(d["throttled"], str):
         rows.append(("throttled", hex(d["throttled"])))
     if d["emulated"]:
         rows.append(("EMULATED", f"{d['emulated']}; timings mean nothing here"))

@@ -6,6 +6,7 @@ get_throttled`, NVIDIA's nvpmodel and devfreq nodes.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -274,7 +275,10 @@ def cpu_ticks(tree: Tree) -> float | Absent:
     fields: Sequence[str] = text.splitlines()[0].split()[1:]
     if len(fields) < 7:
         return Absent("/proc/stat has no cpu line")
-    busy = sum(int(fields[i]) for i in (0, 1, 2, 5, 6))
+    try:
+        busy = sum(int(fields[i]) for i in (0, 1, 2, 5, 6))
+    except ValueError:
+        return Absent(f"/proc/stat begins with {text[:40]!r}, no numbers")
     return busy / (os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100)
 
 
@@ -287,7 +291,7 @@ def processes(tree: Tree) -> dict[str, tuple[str, float]]:
         if isinstance(text, str) and ")" in text:
             head, _, tail = text.rpartition(")")
             fields = tail.split()
-            if len(fields) > 12:
+            if len(fields) > 12 and fields[11].isdigit() and fields[12].isdigit():
                 found[file.parent.name] = (head.partition("(")[2], (int(fields[11]) + int(fields[12])) / rate)
     return found
 
@@ -295,7 +299,13 @@ def processes(tree: Tree) -> dict[str, tuple[str, float]]:
 def load_average(tree: Tree) -> float | Absent:
     """Tasks that wanted a CPU over the last minute."""
     text = tree.text("/proc/loadavg")
-    return text if isinstance(text, Absent) else float(text.split()[0])
+    if isinstance(text, Absent):
+        return text
+    try:
+        load = float(text.split()[0])
+    except ValueError:
+        load = math.nan
+    return load if math.isfinite(load) else Absent(f"/proc/loadavg begins with {text[:40]!r}, no number")
 
 
 def describe(tree: Tree) -> Mapping[str, Any]:

@@ -82,7 +82,7 @@ def _moving(looks: Sequence[Look], during: Sequence[Look], key: str, figure: Any
     values = [figure(x[key]) for x in looks if known(x.get(key))]
     inside = [figure(x[key]) for x in during if known(x.get(key))]
     if not values or not inside:
-        return next((x[key] for x in looks if x.get(key)), "not available: nobody looked")
+        return _why_not(during, looks, key)
     return {
         "start": values[0],
         "end": values[-1],
@@ -92,11 +92,17 @@ def _moving(looks: Sequence[Look], during: Sequence[Look], key: str, figure: Any
     }
 
 
+def _why_not(during: Sequence[Look], looks: Sequence[Look], key: str) -> str:
+    """The reason of a look during the run, or of any: a sensor may have been there before."""
+    reasons = (str(x[key]) for x in (*during, *looks) if x.get(key) and not known(x[key]))
+    return next(reasons, "not available: nobody looked")
+
+
 def _throttling(looks: Sequence[Look], during: Sequence[Look]) -> Any:
     """before, during (bits joined, states at their highest, counts at their last), after; and what it means."""
     seen = [x["throttling"] for x in looks if known(x.get("throttling"))]
     if not seen:
-        return next((x["throttling"] for x in looks if x.get("throttling")), "not available: nobody looked")
+        return _why_not(during, looks, "throttling")
     inside = [x["throttling"] for x in during if known(x.get("throttling"))]
     joined: dict[str, int] = {}
     for look in inside:
