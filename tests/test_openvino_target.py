@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from onnx_artifacts import program_of, relative_max, weights_of
+from onnx_artifacts import program_of, relative_max, weights_of, write_unchecked
 
 import vlac
 from vlac.artifact import open_artifact
+from vlac.engines.base import get_engine
 from vlac.engines.openvino_engine import _groups
 from vlac.graph import Program, StageBuilder
 
@@ -35,6 +37,35 @@ def test_artifact_for_openvino(target: str, golden: Callable[[str], Any], tmp_pa
             assert relative_max(policy.act(**g.observation(0)), g.chunk(0)) <= bound
     with vlac.load(tmp_path / "out", threads=1) as policy:
         assert policy.info["engine"] == "openvino"
+
+
+def test_models_for_fewer_actions_are_made_when_asked_for(golden: Callable[[str], Any], tmp_path: Path) -> None:
+    g = golden("smolvla_tiny")
+    vlac.compile(g.checkpoint, "onnx-fp32", tmp_path / "out", goldens=0)
+    with vlac.load(tmp_path / "out", engine="openvino", threads=1) as policy:
+        given, session = g.observation(0), policy._engine
+        whole = policy.act(**given)
+        opened = lambda: sorted(rows for stage, rows in session._open_now if stage == "flow")  # noqa: E731
+        assert opened() == [len(whole)]
+        for n, rows in ((4, 4), (2, 2), (len(whole), 2)):
+            assert np.abs(policy.act(**given, n_actions=n, reuse=False) - whole[:n]).max() <= 1e-5 * np.abs(whole).max()
+            assert opened() == sorted({rows, len(whole)})
+        assert np.array_equal(policy.act(**given, reuse=False), whole)
+
+
+def test_inputs_are_read_anew_and_need_not_be_writable(tmp_path: Path) -> None:
+    b = StageBuilder("s")
+    b.output(b.op("linear", b.input("state", "f32", 16, 16), "@w", name="y"))
+    weights = weights_of({"w": (8, 16)})
+    given, weight = program_of(b, weights=weights), weights["w"].load()
+    session = get_engine("openvino").open(write_unchecked(given, tmp_path), threads=1)
+    x = np.ones((16, 16), np.float32)
+    for scale in (1.0, 2.0):
+        x[:] = scale
+        assert np.allclose(session.run("s", {"state": x}, {})["y"], scale * weight.sum(1), atol=1e-5)
+    x.flags.writeable = False
+    assert np.allclose(session.run("s", {"state": x}, {})["y"], 2 * weight.sum(1), atol=1e-5)
+    assert np.allclose(session.run("s", {"state": x[:, ::-1]}, {})["y"], 2 * weight.sum(1), atol=1e-5)
 
 
 def linears(form: str, *widths: tuple[int, int]) -> Program:

@@ -10,9 +10,11 @@ import pytest
 
 import vlac
 from vlac.artifact import open_artifact
+from vlac.bench_worker import inputs_of
 from vlac.engines.base import get_engine
 from vlac.errors import InputError
 from vlac.profile import main_format, peak, profile, text
+from vlac.runtime.inputs import prepare
 from vlac.work import work
 
 pytest.importorskip("onnx")
@@ -43,15 +45,23 @@ def compiled(golden: Callable[[str], Any], tmp_path_factory: pytest.TempPathFact
         ("gguf-f16", "numpy", "f16"),
     ],
 )
-def test_profile(target: str, engine: str, form: str, compiled: Callable[[str], Path]) -> None:
+def test_profile(
+    target: str, engine: str, form: str, compiled: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if why := get_engine(engine).missing():
         pytest.skip(why)
     path = compiled(target)
+    given = {**inputs_of(str(path))[0], "task": "stop"}
+    monkeypatch.setattr("vlac.profile.inputs_of", lambda path: [given])
     report = profile(path, engine=engine, threads=1, runs=2)
     program = open_artifact(path).program
     assert {s["stage"] for s in report["stages"]} == {s.stage for s in program.schedule.steps}
+    artifact = open_artifact(path)
+    sizes = prepare(artifact.io, artifact.tokenizer, program, **given).symbols
+    assert sizes["T"] < program.max_symbols()["T"]
+    done = work(program, sizes)
     for s in report["stages"]:
-        assert s["gmac"] == pytest.approx(work(program)[s["stage"]].macs / 1e9) and s["ms"] > 0
+        assert s["gmac"] == pytest.approx(done[s["stage"]].macs / 1e9) and s["ms"] > 0
         if s["gmac"]:
             assert s["peak_gmac_s"] > 0 and s["of_peak"] == pytest.approx(s["gmac_s"] / s["peak_gmac_s"])
     vision = next(s for s in report["stages"] if s["stage"] == "vision")

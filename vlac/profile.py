@@ -23,6 +23,7 @@ from vlac.engines.base import EngineSession, get_engine
 from vlac.errors import InputError, VlacError
 from vlac.graph import Call, Param, Program, Schedule, StageBuilder
 from vlac.registry import Progress, silent
+from vlac.runtime.inputs import prepare
 from vlac.runtime.session import Session, choose_engine, load
 from vlac.weights import LazyTensor, Weights
 from vlac.work import work
@@ -42,7 +43,7 @@ def profile(
 ) -> dict[str, Any]:
     """Times of stages (medians of `runs` chunks, default 5, of which everything is new) and of kinds of ops.
 
-    Returns: engine, info, machine, runs, chunk_ms, preprocess_ms, and "stages": for each stage name, ms, gmac (of one
+    Returns: engine, info, machine, runs, chunk_ms, preprocess_ms, and "stages": for each stage name, ms, gmac (of this
     chunk), gmac_s, format (that of most of its work), peak_gmac_s and of_peak (None where the yardstick has no form),
     and ops: {kind, ms, share}, slowest first, empty where the engine does not tell.
     """
@@ -67,7 +68,8 @@ def profile(
     progress("measuring what the machine can do", 2, 3)
     peaks: dict[str, float | None] = {}
     stages = []
-    done = work(artifact.program)
+    # padding of the prompt is not computed, so it is no work
+    done = work(artifact.program, prepare(artifact.io, artifact.tokenizer, artifact.program, **given).symbols)
     for stage in dict.fromkeys(s.stage for s in artifact.program.schedule.steps):
         ms = median.get(f"{stage}_ms")
         if ms is None:

@@ -9,6 +9,7 @@ three times bf16's own error) or are bf16 themselves. What crosses between stage
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,29 @@ DECLINES: Mapping[str, str] = {
 PRECISIONS = ("f32", "bf16")
 LEAST_GROUP, LARGEST_GROUP = 128, 384
 """Of values that share a scale: smaller groups cost time (128: 9 % of SmolVLA's vision), larger ones accuracy."""
+ROWS = "N"
+"""The symbol whose value is fixed in a model: rows of the chunk."""
 FEW_ROWS = 9
 """Attention and MLPs over fewer rows than this are kept from OpenVINO's code generator: see `_snippets`."""
 _NATIVE_ERRORS = (RuntimeError, ValueError, TypeError, OSError)
 
 
+@dataclass
+class _Opened:
+    """A compiled model's request, positions of its inputs by name, and the arrays that it reads now."""
+
+    request: Any
+    inputs: Mapping[str, int]
+    given: dict[str, NpArray] = field(default_factory=dict)
+
+
 class OpenVinoSession(EngineSession):
-    """One compiled model and one request per stage, made when the artifact is opened."""
+    """One compiled model and one request per stage, made when the artifact is opened.
+
+    How many rows of a chunk are computed (symbol N) is fixed in a model: shapes that are known cost a tenth less per
+    flow step, and a robot asks for the same number every time. Other numbers get models of their own when they are
+    first asked for. How long the prompt is, and how many cameras there are, stays open.
+    """
 
     engine = "openvino"
 
@@ -50,41 +67,43 @@ class OpenVinoSession(EngineSession):
         # where products of codes saturate, activations that the program rounds on fixed scales stay float
         exact = device != "CPU" or int8_kernels() == "integer"
         files = graph_files(artifact, self.engine, "portable" if exact else "unrounded")
-        self._core = openvino.Core()
+        self._core, self._tensor, self._partial = openvino.Core(), openvino.Tensor, openvino.PartialShape
         self._path = artifact.path
         self._single = self.one_graph = bool(artifact.manifest.get("single_file"))
         if device.split(".")[0] not in {d.split(".")[0] for d in self._core.available_devices}:
             raise EngineError(f"openvino has no device {device!r}; there are: {self._core.available_devices}")
         precisions = self._precisions(artifact, list(files), device, options.get("precision"))
         count = threads or default_threads()
-        self._requests: dict[str, Any] = {}
+        self._device, self._files = device, files
+        self._open_now: dict[tuple[str, int], _Opened] = {}
         self.profiling = bool(options.get("profile"))
         self._op_ms: dict[str, dict[str, float]] = {}
-        self._inputs: dict[str, dict[str, int]] = {}
-        self._outputs: dict[str, tuple[str, ...]] = {}
-        program = artifact.program
+        program = self._program = artifact.program
+        stages = () if self._single else program.stages
+        self._by_rows = {s.name for s in stages if any(ROWS in str(d) for _, t in s.inputs for d in t.shape)}
+        self._outputs = {s.name: s.outputs for s in stages} or {SINGLE: (program.schedule.result,)}
         version = openvino.__version__
         prepared = Prepared(artifact, self.engine, openvino=version, device=device)
+        self._properties = {
+            stage: _properties(device, count, precisions[stage])
+            | _groups(program, stage, device)
+            | _snippets(program, stage, device)
+            for stage in files
+        }
 
         def cache(folder: Path) -> None:
-            for stage, path in files.items():
+            for stage in files:
                 if cached := _cached(program, stage, folder):
-                    properties = _properties(device, count, precisions[stage]) | _groups(program, stage, device)
-                    properties |= _snippets(program, stage, device) | cached
-                    self._core.compile_model(str(path), device, properties)
+                    self._compile(stage, self._most_rows, self._properties[stage] | cached)
 
+        self._most_rows = program.max_symbols().get(ROWS, 0)
         if options.get("prepare"):
             prepared.make(cache)
         use = prepared.usable(cache) if options.get("prepared", True) else False
-        for stage, path in files.items():
-            properties = _properties(device, count, precisions[stage])
-            properties |= _groups(program, stage, device)
-            properties |= _snippets(program, stage, device)
-            properties |= _cached(program, stage, prepared.folder) if use else {}
-            properties |= {"PERF_COUNT": True} if self.profiling else {}
-            inputs = None if self._single else [n for n, _ in program.stage(stage).inputs]
-            self._outputs[stage] = (program.schedule.result,) if self._single else program.stage(stage).outputs
-            self._open(stage, path, device, properties, inputs)
+        for stage in files:
+            self._properties[stage] |= _cached(program, stage, prepared.folder) if use else {}
+            self._properties[stage] |= {"PERF_COUNT": True} if self.profiling else {}
+            self._opened(stage, self._most_rows)
         self.info = {
             "engine": self.engine,
             "openvino": version,
@@ -103,12 +122,31 @@ class OpenVinoSession(EngineSession):
         rounded = any(p.format == "bf16" for p in artifact.program.params.values()) or integer_formats(artifact)
         return dict.fromkeys(stages, "bf16" if fast and rounded else "f32")
 
-    def _open(
-        self, stage: str, path: Path, device: str, properties: Mapping[str, Any], inputs: list[str] | None
-    ) -> None:
+    def _opened(self, stage: str, rows: int) -> _Opened:
+        """The stage's model for chunks of so many rows; that of the whole chunk is kept, and the last of fewer rows."""
+        key = (stage, rows if stage in self._by_rows else 0)
+        if key not in self._open_now:
+            for old in [k for k in self._open_now if k[0] == stage and k[1] != self._most_rows]:
+                del self._open_now[old]
+            self._open_now[key] = self._open(stage, rows)
+        return self._open_now[key]
+
+    def _compile(self, stage: str, rows: int, properties: Mapping[str, Any]) -> Any:
+        path = str(self._files[stage])
+        if stage not in self._by_rows:
+            return self._core.compile_model(path, self._device, dict(properties))
+        model = self._core.read_model(path)
+        ports = {name: port for port in model.inputs for name in port.get_names()}
+        inputs = self._program.bind({ROWS: rows}).stage(stage).inputs
+        free = {n: [d if isinstance(d, int) else -1 for d in t.shape] for n, t in inputs if n in ports}
+        model.reshape({ports[n]: self._partial(shape) for n, shape in free.items()})
+        return self._core.compile_model(model, self._device, dict(properties))
+
+    def _open(self, stage: str, rows: int) -> _Opened:
+        path = self._files[stage]
         try:
-            compiled = self._core.compile_model(str(path), device, dict(properties))
-            self._requests[stage] = compiled.create_infer_request()
+            compiled = self._compile(stage, rows, self._properties[stage])
+            request = compiled.create_infer_request()
         except _NATIVE_ERRORS as error:
             raise EngineError(
                 f"openvino cannot load {path}: {str(error)[:500]}",
@@ -116,31 +154,40 @@ class OpenVinoSession(EngineSession):
             ) from None
         # a port may carry several names, and keeps its place: inputs are found by name, outputs by position
         ports = {name: i for i, port in enumerate(compiled.inputs) for name in port.get_names()}
-        wanted = [next(iter(p.get_names())) for p in compiled.inputs] if inputs is None else inputs
+        if self._single:
+            wanted = [next(iter(p.get_names())) for p in compiled.inputs]
+        else:
+            wanted = [name for name, _ in self._program.stage(stage).inputs]
         lost = [n for n in wanted if n not in ports]
         if lost or len(compiled.outputs) != len(self._outputs[stage]):
             raise EngineError(
                 f"{path}: its ports are not those of stage {stage} (missing {lost})", remedy="compile again"
             )
-        self._inputs[stage] = {n: ports[n] for n in wanted}
+        return _Opened(request, {n: ports[n] for n in wanted})
 
     def run(self, stage: str, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:
-        if self._single or stage not in self._requests:
+        if self._single or stage not in self._files:
             raise EngineError(
-                f"{self._path} has no stage {stage}; it holds {', '.join(self._requests)}",
+                f"{self._path} has no stage {stage}; it holds {', '.join(self._files)}",
                 remedy="single-file artifacts run as a whole" if self._single else "compile again",
             )
-        return self._run(stage, inputs)
+        return self._run(stage, inputs, symbols.get(ROWS, self._most_rows))
 
     def run_all(self, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray] | None:
         """The whole schedule of a --single-file artifact; see OnnxRuntimeSession.run_all."""
-        return self._run(SINGLE, inputs) if self._single else None
+        return self._run(SINGLE, inputs, self._most_rows) if self._single else None
 
-    def _run(self, stage: str, inputs: Values) -> dict[str, NpArray]:
-        request = self._requests[stage]
-        feed = {i: np.ascontiguousarray(inputs[name]) for name, i in self._inputs[stage].items()}
+    def _run(self, stage: str, inputs: Values, rows: int) -> dict[str, NpArray]:
+        opened = self._opened(stage, rows)
+        request = opened.request
         try:
-            request.infer(feed, share_inputs=True)
+            for name, i in opened.inputs.items():
+                value = np.require(inputs[name], requirements=("C", "W"))
+                # what a loop reads in every turn (keys and values, above all) is handed over once
+                if opened.given.get(name) is not value:
+                    opened.given[name] = value
+                    request.set_input_tensor(i, self._tensor(value, shared_memory=True))
+            request.infer()
         except _NATIVE_ERRORS as error:
             raise EngineError(f"openvino failed in stage {stage} of {self._path}: {error}") from None
         if self.profiling:
@@ -156,7 +203,7 @@ class OpenVinoSession(EngineSession):
         return self._op_ms
 
     def close(self) -> None:
-        self._requests.clear()
+        self._open_now.clear()
 
 
 def _without_telemetry() -> Any:
