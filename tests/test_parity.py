@@ -348,6 +348,35 @@ def test_an_engine_that_is_wrong_in_one_stage_is_found_there(
     assert not r["ok"] and r["compiler"]["first_stage_over"] == stage
 
 
+def test_fixed_grids_are_judged_by_what_one_rounding_weighs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that the reference itself does not keep when its weights move by 2^-22 is widened to twice that; an
+    engine that is wrong lies beyond it all the same, and a limit of the caller's stays."""
+    from family_cases import CASES
+
+    from vlac import parity_compiler
+    from vlac.report import parity_text
+
+    pytest.importorskip("onnx")
+    case = CASES["tinyvla_tiny"]
+    path = vlac.compile(case.checkpoint, "tensorrt-int8", tmp_path / "out", goldens=1, **case.options).path or ""
+    seen: list[float] = []
+    apart = parity_compiler._apart
+    monkeypatch.setattr(parity_compiler, "_apart", lambda *x: (seen.append(apart(*x)), 1e-2)[1])
+    monkeypatch.setattr(parity_compiler, "COMPILER_LIMITS", {"int8": "compiler.rel_l2<=1e-3"})
+
+    def answered(factor: float, *limits: str) -> Any:
+        off = broken(get_engine("torch"), "policy", lambda x: (x * np.float32(factor)).astype(np.float32))
+        monkeypatch.setattr("vlac.parity.choose_engine", lambda artifact, name: off)
+        return parity(path, threads=1, limits=limits)
+
+    near = answered(1.01)
+    assert near["compiler"]["ok"] and near["compiler"]["reference_spread"] == 1e-2
+    assert "the reference moves by rel L2 0.0100" in parity_text(near)
+    assert not answered(1.05)["compiler"]["ok"]
+    assert not answered(1.01, "compiler.rel_l2<=1e-3")["compiler"]["ok"]
+    assert len(seen) == 6 and all(0 < s < 0.3 for s in seen)
+
+
 def test_an_engine_that_answers_differently_each_time_is_found(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     restless = broken(

@@ -61,7 +61,18 @@ def _compiler_text(q: Report) -> list[str]:
         *table(_STAGE_COLUMNS, rows),
         *([] if q["staged"] else ["  the artifact is one graph: its stages cannot be looked at one by one"]),
         *_tokens(q, "picked alike, each after the same ids"),
+        *_spread(q),
         *_limits(q),
+    ]
+
+
+def _spread(q: Report) -> list[str]:
+    """Where the reference, on fixed grids, moves further than the usual limit."""
+    if "reference_spread" not in q:
+        return []
+    far = number(q["reference_spread"])
+    return [
+        f"  fixed grids: no closer can be asked; the reference moves by rel L2 {far} when its weights move by 2^-22"
     ]
 
 
