@@ -103,7 +103,7 @@ def test_a_session_hands_over_in_the_robots_units(cubes: Path) -> None:
 
 
 def test_late_chunks_that_are_handed_over_succeed_more_often(cubes: Path) -> None:
-    """At 600 ms: on the first 400 seeds from 1000 on, 61 % without and 87 % with it."""
+    """On 200 seeds from 1000 on, 125 do when guided, and 176 when handed over."""
     asked: dict[str, Any] = {"episodes": 12, "seed": 1000, "delay": 600.0, "rtc": True}
     made = {
         name: evaluate(cubes, PUSH_CUBES, guidance=guidance, **asked)
