@@ -371,7 +371,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     (queries, q_width), (keys, _), (_, v_width) = (e.shape(i) for i in n.inputs[:3])
     d, v_dim = q_width // heads, v_width // groups
     q, k, v = (e(i) for i in n.inputs[:3])
-    if t.modern and t.half and d == v_dim and d in ATTENTION_HEADS:
+    if t.modern and t.half and d == v_dim and d in ATTENTION_HEADS and heads > 1:  # of one masked head: no kernel
         _attention_operator(t, n, (q, k, v), out)
         return
     per = heads // groups

@@ -99,6 +99,21 @@ def test_the_attention_operator_builds(width: int, tmp_path: Path) -> None:
     assert [r["error"] for r in built(path)] == [""]
 
 
+def test_one_head_is_spelt_out(tmp_path: Path) -> None:
+    """The operator has no kernel for a single head with a mask."""
+    b = StageBuilder("one")
+    x = b.input("noise", "f32", 6, 32)
+    rows = [b.op("arange", start=0, stop=6)] * 2
+    mask = b.op("attention_mask", *rows, b.input("token_valid", "bool", 6))
+    q, k, v = (b.op("linear", x, f"@{w}") for w in "qkv")
+    b.output(b.op("attention", q, k, v, mask, heads=1, kv_heads=1, scale=0.1, name="y"))
+    shapes = dict.fromkeys("qkv", (64, 32))
+    program = program_of(b, weights=weights_of(shapes), formats=dict.fromkeys(shapes, "f16"))
+    path = emitted(program, tmp_path, "f16", "10.16")["one"]
+    assert b"Attention" not in path.read_bytes()
+    assert [r["error"] for r in built(path)] == [""]
+
+
 def test_a_graph_that_it_refuses(tmp_path: Path) -> None:
     """The check can fail: a zero point that is not 0."""
     onnx = pytest.importorskip("onnx")

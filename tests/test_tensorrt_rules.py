@@ -240,6 +240,19 @@ MODERN: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "attention, capped": ("softcap", lambda: attention(softcap=30.0)),
     "attention, narrow heads": ("heads of 8", lambda: attention(d=8)),
+    "attention, softmax in float32": ("attribute softmax_precision", lambda: attention(softmax_precision=1)),
+    "attention of one masked head": (
+        "a single head with a mask",
+        lambda: model(
+            n("Attention", "x x x m"), x=(H, (1, 1, 6, 64)), y=(H, None), opset=23, m=np.zeros((1, 1, 6, 6), np.float16)
+        ),
+    ),
+    "rotation of three dimensions": (
+        "four dimensions",
+        lambda: model(
+            n("RotaryEmbedding", "x c c", num_heads=2), x=(F, (1, 4, 8)), opset=23, c=np.ones((1, 4, 2), np.float32)
+        ),
+    ),
 }
 
 

@@ -396,7 +396,8 @@ def _(g: _Graph, node: Any, attributes: Mapping[str, Any]) -> Iterator[str]:
 @_rule("ScatterND", "ScatterElements")
 def _(g: _Graph, node: Any, attributes: Mapping[str, Any]) -> Iterator[str]:
     reduction = attributes.get("reduction", b"none").decode()
-    if g.dialect == "10.3" and reduction != "none":
+    named = node.op_type == "ScatterND" and "reduction" in attributes  # "none" as well
+    if g.dialect == "10.3" and (reduction != "none" or named):
         yield f"reduction {reduction}; TensorRT 10.3 has none"
 
 
@@ -436,12 +437,21 @@ def _(g: _Graph, node: Any, attributes: Mapping[str, Any]) -> Iterator[str]:
     for name in filter(None, node.input[:4]):
         if len(g.shape(name) or ()) != 4:
             yield f"{name} has not four dimensions"
-    for key in ("softcap", "qk_matmul_output_mode"):
+    for key in ("softcap", "qk_matmul_output_mode", "softmax_precision"):
         if attributes.get(key):
             yield f"attribute {key}"
+    if (g.shape(node.input[0]) or (1, 2))[1] == 1 and any(node.input[3:4]):
+        yield "no kernel for a single head with a mask"
     width = (g.shape(node.input[0]) or (None,))[-1]
     if width is not None and width not in HEADS:
         yield f"heads of {width}; kernels are for {HEADS[0]} to {HEADS[-1]}"
+
+
+@_rule("RotaryEmbedding")
+def _(g: _Graph, node: Any, attributes: Mapping[str, Any]) -> Iterator[str]:
+    """[batch, heads, rows, width], as TensorRT's layer has it."""
+    if len(g.shape(node.input[0]) or ()) != 4:
+        yield f"{node.input[0]} has not four dimensions"
 
 
 @_rule("Loop")
