@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_rtc import FAMILY_CASES, of_family
 
 import vlac
 from vlac.environments import PUSH_CUBES, open_world, read_adapter
 from vlac.errors import InputError
 from vlac.evaluate import evaluate
+from vlac.runtime.actions import apply_action_steps
 from vlac.runtime.hand_over import hand_over
 from vlac.runtime.rtc import closed_loop
 
@@ -100,6 +102,36 @@ def test_a_session_hands_over_in_the_robots_units(cubes: Path) -> None:
         for wrong in ((0, 2), (0, 0), (-1,)):
             with pytest.raises(InputError, match=r"displacements .*, expected columns of an action, 0 to 1"):
                 policy.act(**seen, prev_chunk=left, displacements=wrong)
+
+
+@pytest.mark.parametrize("name", ["groot_n17_tiny", "pi05_tiny"])
+def test_in_any_units_clamped_or_not(name: str, tmp_path: Path) -> None:
+    with of_family(name, tmp_path / "out") as policy:
+        given = FAMILY_CASES[name].observation(0)
+        new = policy.act(**given)
+        assert policy.normalised is not None
+        plain, old = policy.normalised, -policy.normalised / 3
+        nothing = {"inference_delay": 0, "execution_horizon": 0, "displacements": (0, 1)}
+        assert np.array_equal(policy.act(**given, prev_chunk=old, **nothing), new)
+        assert np.array_equal(policy.normalised, plain)
+        made = policy.act(**given, prev_chunk=old, **{**nothing, "inference_delay": 2})
+        wide = np.pad(old, ((0, 0), (0, policy.hparams.max_action_dim - old.shape[1])))
+        left = apply_action_steps(policy.io.action_steps, wide)
+        assert np.allclose(made[:2], left[:2], atol=1e-4 * np.abs(left).max())
+        wanted = hand_over(new, left, 2, (0, 1))
+        if any(s.step == "clamp" for s in policy.io.action_steps):
+            wanted = np.clip(
+                wanted, *(apply_action_steps(policy.io.action_steps, np.full_like(wide, v)) for v in (-1, 1))
+            )
+        assert np.allclose(made, wanted, atol=1e-4 * np.abs(wanted).max())
+        assert not np.allclose(made, new, atol=1e-3)
+
+
+def test_tokens_are_refused(tmp_path: Path) -> None:
+    with of_family("openvla_tiny", tmp_path / "out") as policy:
+        rtc = {"prev_chunk": np.zeros((1, policy.hparams.action_dim), np.float32), **closed_loop(1, (0, 1))}
+        with pytest.raises(InputError, match="no longer its network's own"):
+            policy.act(**FAMILY_CASES["openvla_tiny"].observation(0), **rtc)
 
 
 def test_late_chunks_that_are_handed_over_succeed_more_often(cubes: Path) -> None:

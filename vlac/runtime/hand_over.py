@@ -62,6 +62,8 @@ def handed_over(io: IO, x: NpArray, before: Any, delay: int, columns: Sequence[i
     Raises: InputError for columns that are none, and where an earlier chunk's numbers say something else now.
     """
     check_meaning(io)
+    if any(s.step == "unnormalise_rows" for s in io.action_steps):
+        raise InputError("prev_chunk: every row of this policy's chunks has a range of its own, and rows move up")
     check_columns(io, columns)
     given = np.asarray(before, dtype=np.float32)
     given = (given[0] if given.ndim == 3 else given).reshape(-1, given.shape[-1])[: len(x), : io.action_dim]
@@ -69,7 +71,10 @@ def handed_over(io: IO, x: NpArray, before: Any, delay: int, columns: Sequence[i
     wide[: len(given), : given.shape[1]] = given
     robot, left = (apply_action_steps(io.action_steps, rows) for rows in (x, wide))
     made = hand_over(robot, left[: len(given)], delay, columns)
-    scale = apply_action_steps(io.action_steps, np.ones_like(x)) - apply_action_steps(io.action_steps, np.zeros_like(x))
+    zero, one = (apply_action_steps(io.action_steps, np.full_like(x, value)) for value in (0, 1))
+    scale = one - zero
     out = np.array(x)
-    out[: len(made), : io.action_dim] += (made - robot) / np.where(scale == 0, np.float32(1), scale)
+    # anew, not by the difference: where the robot's units are clamped, that would be of something else
+    anew = (made != robot) & (scale != 0)
+    out[: len(made), : io.action_dim][anew] = ((made - zero) / np.where(scale == 0, np.float32(1), scale))[anew]
     return out
