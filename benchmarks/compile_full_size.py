@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "compile_full_size.json"
 TARGETS = ("gguf-f32", "gguf-f16", "gguf-bf16", "gguf-q8", "gguf-q6", "gguf-q5", "gguf-q4")
-TARGETS += ("onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-int4")
+TARGETS += ("onnx-fp32", "onnx-fp16", "onnx-int8", "onnx-int4", "openvino-int8", "openvino-bf16")
 PACKAGES = ("vlac-compiler", "numpy", "torch", "onnx", "onnxruntime", "openvino", "transcribe-cpp-native")
 
 

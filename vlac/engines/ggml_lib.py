@@ -139,6 +139,7 @@ SIGNATURES: dict[str, str] = {
     "view_1d": "ppplz",
     "view_4d": "pppllllzzzz",
     "concat": "ppppi",
+    "cpy": "pppp",
     "repeat_4d": "pppllll",
     "pad": "pppiiii",
     "scale": "pppf",

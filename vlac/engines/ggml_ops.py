@@ -83,12 +83,13 @@ LAYOUTS: dict[str, Callable[..., Array]] = {
     "additive": _additive,
     "heads_first": _heads_first,
     "transposed": _transposed,
+    "zeros": lambda value, name, rows, size: np.zeros((rows, size), np.float32),
 }
 
 
 @dataclass(frozen=True)
 class Feed:
-    """A leaf of the graph filled from a host value: LAYOUTS[layout](value, *args)."""
+    """A leaf of the graph filled from a host value, or from none (name ""): LAYOUTS[layout](value, *args)."""
 
     name: str
     layout: str
@@ -328,9 +329,17 @@ def _transpose(d: Drawing, n: Node) -> int:
 
 @_draws("pad")
 def _pad(d: Drawing, n: Node) -> int:
-    x = d.value(n.inputs[0])
-    extra = n.attr["size"] - Tensor.from_address(x).ne[0]
-    return d.op("pad", d.dense(x), extra, 0, 0, 0) if extra else x
+    """Rows are copied into room that holds zeros from the start: ggml's own op asks for every value where it lies."""
+    x, size = d.value(n.inputs[0]), n.attr["size"]
+    width, rows, *others = Tensor.from_address(x).ne
+    if width == size:
+        return x
+    if any(o != 1 for o in others):
+        return d.op("pad", d.dense(x), size - width, 0, 0, 0)
+    room = d.feed("", "zeros", (n.name, rows, size), F32, (size, rows))
+    strides = (4 * size, 4 * size * rows, 4 * size * rows, 0)
+    inner = d.op("cpy", d.dense(x), d.op("view_4d", room, width, rows, 1, 1, *strides))
+    return d.op("view_4d", inner, size, rows, 1, 1, *strides)
 
 
 @_draws("tile")
