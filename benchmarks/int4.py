@@ -1,6 +1,6 @@
 """How far int4 weights move the action chunk: rounding to nearest against rounding with care, at the same size.
 
-python benchmarks/int4.py [--checkpoint FOLDER] [--observations N] [--recipes 0,3,4]
+python benchmarks/int4.py [--checkpoint FOLDER] [--observations N] [--samples N] [--recipes 0,3,4]
 
 Without --checkpoint: the bundled push-cubes policy, judged on the beginnings of 60 episodes and on moments of 60 others
 that neither training nor calibration has seen; passes calibrate on what they take by default: recorded observations.
@@ -123,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=BUNDLED)
     parser.add_argument("--observations", type=int, help="that judge; default: 60 of push-cubes, else 4")
+    parser.add_argument("--samples", type=int, help="observations that passes calibrate on; default: the pass's own")
     parser.add_argument("--recipes", default=",".join(str(i) for i in range(len(RECIPES))), help="numbers from 0 on")
     options = parser.parse_args()
     bundled = options.checkpoint == BUNDLED
@@ -135,9 +136,10 @@ def main() -> None:
     want = {name: chunks(policy, given)[1] for name, given in judges.items()}
     known = {r["recipe"] for r in record["rows"]}
     for recipe in (RECIPES[int(i)] for i in options.recipes.split(",")):
-        if recipe in known:
+        given = f"{recipe},samples={options.samples}" if options.samples and recipe != INT4 else recipe
+        if given in known:
             continue
-        record["rows"].append(row(policy, recipe, judges, want))
+        record["rows"].append(row(policy, given, judges, want))
         print(json.dumps(record["rows"][-1]), file=sys.stderr, flush=True)
         record = {
             "what": f"{policy.io.chunk_size} x {policy.io.action_dim} chunks of {options.checkpoint.name}",
@@ -145,7 +147,7 @@ def main() -> None:
             "machine": machine(),
             "versions": versions(),
             "observations": count,
-            "rows": sorted(record["rows"], key=lambda r: RECIPES.index(r["recipe"])),
+            "rows": sorted(record["rows"], key=lambda r: RECIPES.index(r["recipe"].split(",samples=")[0])),
         }
         result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -133,12 +133,16 @@ def flow_steps(report: dict[str, Any]) -> list[str]:
         solver = named.get("solver", "the shipped sampler" if r["recipe"] == "nothing" else r["recipe"])
         s = r.get("success")
         rate = f"{s['count']} of {s['of']} ({100 * s['low']:.1f}..{100 * s['high']:.1f} %)" if s else "not measured"
-        rows.append([str(r["evaluations"]), solver, f"{r['drift']:.4f}", rate])
-    what = "push-cubes: drift of the chunk on 16 recorded observations that no fit saw (fits had the other 48)"
+        cells = [f"{d['drift']:.4f}, {d['median']:.4f}" for d in (r["drift"]["starts"], r["drift"]["moments"])]
+        rows.append([str(r["evaluations"]), solver, *cells, rate])
+    n = report["observations"]
+    what = f"push-cubes, the chunk at the beginnings of {n} episodes and at moments of {n} others that no fit saw"
     return [
-        *table(["evaluations", "solver", "drift", "success (95 %)"], rows),
+        *table(
+            ["evaluations", "solver", "beginnings: drift, median", "moments: drift, median", "success (95 %)"], rows
+        ),
         "",
-        f"{what}; `python benchmarks/flow_steps.py --episodes 50` also runs each in closed loop.",
+        f"{what}; `python benchmarks/flow_steps.py --steps 5,2 --episodes 50` also runs each in closed loop.",
     ]
 
 
