@@ -3,8 +3,9 @@
 Step by step, x_(k+1) = a x_k + b v_(k-1) + c v_k with the three numbers that come closest, in least squares over
 observations, noises and joints, to where the shipped sampler is at that time; the last step aims at its chunk. Numbers
 shrink a little towards Adams-Bashforth's. The grid is searched among finer times: powers of the uniform one, then one
-time after another is moved. In the spirit of bespoke solvers (Shaul et al. 2023, arXiv 2310.19075), without gradients:
-stages before the loop run once per observation.
+time after another is moved. The network may be asked about the noise as if the shipped sampler's first step were done:
+that tells more of where a long first step leads. In the spirit of bespoke solvers (Shaul et al. 2023, arXiv
+2310.19075), without gradients: stages before the loop run once per observation.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ Row = tuple[float, float, float, float, float, float]
 FINE = 40
 """The grid's times are multiples of 1 / FINE."""
 
-NOISES = 3
-"""Samples of noise for each observation, the observation's own among them."""
+NOISES, MANY = (3, 8), 32
+"""Samples of noise for each observation, the observation's own among them: for fewer than MANY observations, and for
+more. Few hesitations make most of the error, and few cases hold none; fewer observations are for a quick fit."""
+
+SEARCHED = 80
+"""Cases of observation and noise that grids are searched with, or somewhat more."""
 
 POWERS = (0.7, 0.85, 1.0, 1.2, 1.5, 1.9)
 """Grids t = 1 - (1 - k/N)^p reversed: p > 1 is finer near the actions, p < 1 near the noise."""
@@ -126,17 +131,19 @@ class Paths:
 
     def cases(self, of: Sequence[int]) -> Paths:
         """Those of some observations."""
-        kept = [j for j, i in enumerate(self.of) if i in of]
+        return self.some([j for j, i in enumerate(self.of) if i in of])
+
+    def some(self, kept: Sequence[int]) -> Paths:
         return Paths(self.times, tuple(self.x[j] for j in kept), tuple(self.of[j] for j in kept))
 
 
-def shipped_paths(field: Field, flow: FlowSpec, given: Sequence[Golden]) -> Paths:
+def shipped_paths(field: Field, flow: FlowSpec, given: Sequence[Golden], noises: int) -> Paths:
     """The shipped sampler followed for every observation and noise."""
     rng = np.random.default_rng(0)
     found, of = [], []
     for i, o in enumerate(given):
         assert o.noise is not None
-        for k in range(NOISES):
+        for k in range(noises):
             x = np.asarray(o.noise, np.float64) if k == 0 else rng.standard_normal(np.shape(o.noise))
             found.append(np.stack(follow(field, flow, i, x)))
             of.append(i)
@@ -162,6 +169,11 @@ def follow(field: Field, flow: FlowSpec, i: int, x: NpArray) -> list[NpArray]:
     return walked
 
 
+def starts(times: Sequence[float]) -> tuple[float, ...]:
+    """Times at which steps begin, from those that the network is asked about: the first step begins at 1."""
+    return (1.0, *times[1:])
+
+
 def ab2(times: Sequence[float]) -> list[Row]:
     """Adams-Bashforth's rows on any grid; the memory is the velocity before, at the first step noise with weight 0."""
     dts = [b - a for a, b in itertools.pairwise((*times, 0.0))]
@@ -173,11 +185,12 @@ def ab2(times: Sequence[float]) -> list[Row]:
 
 
 def fit_rows(field: Field, paths: Paths, times: Sequence[float], columns: int) -> tuple[list[Row], float]:
-    """(rows of the recurrence, relative L2 of their chunk to the shipped one) on the cases of `paths`."""
+    """(rows of the recurrence, relative L2 of their chunk to the shipped one) on the cases of `paths`; `times`: those
+    that the network is asked about."""
     xs = [x[0] for x in paths.x]
     before: list[NpArray] = []
     rows: list[Row] = []
-    for k, (start, t) in enumerate(zip(ab2(times), times, strict=True)):
+    for k, (start, t) in enumerate(zip(ab2(starts(times)), times, strict=True)):
         vs = [field.velocity(i, t, x) for i, x in zip(paths.of, xs, strict=True)]
         want = paths.at(times[k + 1]) if k + 1 < len(times) else [x[-1] for x in paths.x]
         features = [xs, before, vs] if before else [xs, vs]
@@ -245,12 +258,18 @@ def fit(
     fitted, held = range(len(given) - judges), range(len(given) - judges, len(given))
     field, columns = Field(policy, given), policy.io.action_dim
     try:
-        paths = shipped_paths(field, flow, given)
+        paths = shipped_paths(field, flow, given, NOISES[len(given) >= MANY])
         if times is None:
-            few = paths.cases(fitted[:: max(1, len(fitted) // 16)])
-            times = search_grid(field, few, steps, columns)
-        rows, error = fit_rows(field, paths.cases(fitted), times, columns)
-        dts = tuple(b - a for a, b in itertools.pairwise((*times, 0.0)))
+            cases = paths.cases(fitted)
+            few = cases.some(range(0, len(cases.of), max(1, len(cases.of) // SEARCHED)))
+            found = search_grid(field, few, steps, columns)
+            tried = (found, (paths.times[1], *found[1:])) if paths.times[1] > (*found, 0.0)[1] else (found,)
+        else:
+            tried = (times,)
+        fits = {t: fit_rows(field, paths.cases(fitted), t, columns) for t in tried}
+        times = min(fits, key=lambda t: fits[t][1])
+        rows, error = fits[times]
+        dts = tuple(b - a for a, b in itertools.pairwise((*starts(times), 0.0)))
         made = dataclasses.replace(flow, times=times, dts=dts, solver="fitted", recurrence=tuple(rows))
         uniform = power_grid(steps, 1.0) if FINE % steps else tuple(round(1 - k / steps, 12) for k in range(steps))
         plain = dataclasses.replace(
@@ -265,7 +284,8 @@ def fit(
     finally:
         field.close()
     figures = {
-        "grid": "+".join(f"{t:g}" for t in times),
+        "grid": "+".join(f"{t:g}" for t in starts(times)),
+        "asked_first_at": round(times[0], 6),
         "fit_drift": round(error, 6),
         "held_out_observations": judges,
         **{f"held_out_drift_{name}": round(d, 6) for name, d in judged.items()},

@@ -21,6 +21,7 @@ from vlac.checkpoint import read_policy
 from vlac.engines.base import get_engine
 from vlac.errors import Inapplicable
 from vlac.graph import Repeat
+from vlac.passes import _flow_fit
 from vlac.passes._flow_fit import power_grid
 from vlac.passes.flow_steps import grid_times, sampler
 from vlac.policy import Policy
@@ -110,6 +111,20 @@ def test_the_drawn_recurrence_is_the_spec(tiny: Policy) -> None:
             want = xx * values["x"] + xm * values["memory"] + xv * values["velocity"]
             np.testing.assert_allclose(values["x_next"], want, atol=1e-5)
         np.testing.assert_array_equal(chunk, seen[-1]["x_next"])
+
+
+def test_the_first_question_may_be_asked_ahead(tiny: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise is shown at a time below 1: steps still lead from 1 to 0, and the program does what was fitted."""
+    monkeypatch.setattr(_flow_fit, "search_grid", lambda *_: (0.95, 0.5, 0.2))
+    after = apply_passes(tiny, ["flow-steps:steps=3,solver=fitted,samples=4"])
+    flow, figures = after.flow, after.history[0].figures
+    assert flow is not None and flow.times[0] in (0.95, 0.9) and flow.dts == pytest.approx((-0.5, -0.3, -0.2))
+    assert figures["asked_first_at"] == flow.times[0] and figures["grid"] == "1+0.5+0.2"
+    given = calibrate.observations(after, 2)
+    field = _flow_fit.Field(tiny, given)
+    want = [_flow_fit.follow(field, flow, i, np.asarray(o.noise, float))[-1] for i, o in enumerate(given)]
+    field.close()
+    assert calibrate.drift(calibrate.watch(after, given, {}, lambda *_: None), want) < 1e-5
 
 
 def test_the_fit_is_better_than_euler_on_held_out_observations(tiny: Policy) -> None:

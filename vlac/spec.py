@@ -71,7 +71,8 @@ class DecoderSpec:
 
 @dataclass(frozen=True)
 class FlowSpec:
-    """A flow-matching sampler: x starts as noise and the network is evaluated at times[0] = 1, times[1], ...
+    """A flow-matching sampler: x starts as noise and the network is evaluated at times[0] (1, or earlier
+    where a fitted first step asks ahead), times[1], ...
 
     solver "euler": x <- x + dts[i] v. Any other name: turn i is row i of `recurrence`, (xx, xm, xv, mx, mm, mv), on x
     and a memory m that starts as the noise, too: x <- xx x + xm m + xv v and m <- mx x + mm m + mv v, both from the
