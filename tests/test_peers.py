@@ -100,3 +100,19 @@ def test_what_a_case_keeps() -> None:
 def test_drift_is_over_common_columns() -> None:
     a = np.array([[3.0, 4.0, 9.0]], np.float32)
     assert drift(a, np.array([[3.0, 5.0]], np.float32)) == (pytest.approx(1 / np.sqrt(34)), 1.0)
+
+
+def test_labels_of_the_plot_do_not_cover_each_other() -> None:
+    def row(name: str, ratio: float, drift: float, mb: float | None, engine: str = "ggml") -> dict[str, Any]:
+        cold = {"ratio": {"wall_s": ratio}, "wall_s": [2.0]}
+        return {"name": name, "engine": engine, "mb": mb, "relative_l2": drift, "cold": cold}
+
+    rows = [row(BASE, 1.0, 0.0, None, ""), row("slow", 7.9, 1e-2, 500.0, "")]
+    rows += [row(f"form-{i}", 0.2 + 0.01 * i, 3e-2, 400.0) for i in range(6)]
+    texts = [e for e in ElementTree.fromstring(plot(rows, "t")).iter() if e.tag.endswith("text")]
+    labels = [e for e in texts if str(e.text).endswith(" MB")]
+    boxes = [(float(e.get("x", 0)), float(e.get("y", 0)), 6 * len(str(e.text))) for e in labels]
+    assert len(boxes) == 6 and any(e.text == "slow 500 MB, at 7.9" for e in texts)
+    assert "7.8" not in {e.text for e in texts}  # the axis is of the others
+    for i, (x, y, wide) in enumerate(boxes):
+        assert not any(abs(y - b) < 12 and x < a + w and a < x + wide for a, b, w in boxes[:i])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -101,19 +102,25 @@ def _cells(r: Row) -> list[str]:
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 820, 480, 70, 56, 40, 24
 _OURS, _THEIRS = "#1f6feb", "#8b949e"
+_Box = tuple[float, float, float, float]
+_LETTER, _ROW = 6.2, 14
+"""Pixels: a letter's width (or less), a label's height."""
+FAR = 2.0
+"""Times of LeRobot's, beyond which a plot of all would show nothing else."""
 
 
 def plot(rows: Sequence[Row], title: str) -> str:
-    """SVG: wall time across, relative L2 upwards (logarithmic), area of a disc = size of the file."""
+    """SVG: wall time across, relative L2 upwards (logarithmic), area of a disc = size of the file. What takes more than
+    FAR times LeRobot's time stands at the right edge with its figure."""
     shown = [r for r in rows if "failed" not in r and r["relative_l2"] > 0]
     base = next(r for r in rows if r["name"] == BASE)
     seconds = float(np.median(base["cold"]["wall_s"]))
-    most = max([1.0, *(r["cold"]["ratio"]["wall_s"] for r in shown)]) * 1.05
+    most = max([1.0, *(w for r in shown if (w := r["cold"]["ratio"]["wall_s"]) <= FAR)]) * 1.05
     low = math.floor(min([-2.0, *(math.log10(r["relative_l2"]) for r in shown)]))
     high = math.ceil(max([-1.0, *(math.log10(r["relative_l2"]) for r in shown)]))
 
     def at(ratio: float, drift: float) -> tuple[float, float]:
-        x = _LEFT + ratio / most * (_WIDTH - _LEFT - _RIGHT)
+        x = _LEFT + min(ratio / most, 1.0) * (_WIDTH - _LEFT - _RIGHT)
         y = _TOP + (high - math.log10(drift)) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
         return x, y
 
@@ -129,8 +136,11 @@ def plot(rows: Sequence[Row], title: str) -> str:
         _text(_WIDTH / 2, _HEIGHT - 12, across, "middle"),
         _text(12, _TOP - 12, "relative L2 of the chunk", "start"),
     ]
-    for r in sorted(shown, key=lambda r: -(r["mb"] or 0)):
-        parts += _mark(r, *at(r["cold"]["ratio"]["wall_s"], r["relative_l2"]))
+    discs = [_Disc.of(r, *at(r["cold"]["ratio"]["wall_s"], r["relative_l2"])) for r in shown]
+    parts += [d.drawn() for d in sorted(discs, key=lambda d: -d.radius)]
+    taken = [d.box() for d in discs]
+    for d in sorted(discs, key=lambda d: (d.y, d.x)):
+        parts += _label(d, taken)
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
@@ -138,12 +148,53 @@ def plot(rows: Sequence[Row], title: str) -> str:
     )
 
 
-def _mark(r: Row, x: float, y: float) -> list[str]:
-    colour = _OURS if r["engine"] else _THEIRS
-    radius = 4 + math.sqrt((r["mb"] or 100) / 8)
-    disc = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{colour}" fill-opacity="0.35" stroke="{colour}"/>'
-    size = f" {r['mb']:.0f} MB" if r["mb"] else ""
-    return [disc, _text(x + radius + 3, y + 4, f"{r['name']}{size}", "start", 11)]
+@dataclass(frozen=True)
+class _Disc:
+    """A contender in the plot, pixels."""
+
+    x: float
+    y: float
+    radius: float
+    colour: str
+    label: str
+
+    @staticmethod
+    def of(r: Row, x: float, y: float) -> _Disc:
+        size, ratio = f" {r['mb']:.0f} MB" if r["mb"] else "", r["cold"]["ratio"]["wall_s"]
+        label = f"{r['name']}{size}" + (f", at {ratio:.1f}" if ratio > FAR else "")
+        return _Disc(x, y, 4 + math.sqrt((r["mb"] or 100) / 8), _OURS if r["engine"] else _THEIRS, label)
+
+    def drawn(self) -> str:
+        where = f'cx="{self.x:.1f}" cy="{self.y:.1f}" r="{self.radius:.1f}"'
+        return f'<circle {where} fill="{self.colour}" fill-opacity="0.35" stroke="{self.colour}"/>'
+
+    def box(self) -> _Box:
+        r = self.radius * 0.7
+        return (self.x - r, self.y - r, self.x + r, self.y + r)
+
+
+def _label(d: _Disc, taken: list[_Box]) -> list[str]:
+    """The name beside its disc, or as near as there is room, then with a line to it; `taken` grows by its box."""
+    wide, gap = _LETTER * len(d.label), d.radius + 3
+    places = [
+        (x, d.y + down)
+        for down in sorted(range(-_HEIGHT, _HEIGHT, _ROW), key=abs)
+        for x in (d.x + gap, d.x - gap - wide)
+    ]
+
+    def box(x: float, y: float) -> _Box:
+        return (x, y - _ROW / 2, x + wide, y + _ROW / 2)
+
+    def free(x: float, y: float) -> bool:
+        left, top, right, bottom = box(x, y)
+        inside = left >= _LEFT and right <= _WIDTH and top >= _TOP and bottom <= _HEIGHT - _BOTTOM
+        return inside and not any(a < right and left < c and b < bottom and top < e for a, b, c, e in taken)
+
+    x, y = next((p for p in places if free(*p)), places[0])
+    taken.append(box(x, y))
+    near = x if x > d.x else x + wide
+    line = [] if abs(y - d.y) < 1 else [_line(d.x, d.y, near, y)]
+    return [*line, _text(x, y + 4, d.label, "start", 11)]
 
 
 def _text(x: float, y: float, text: str, anchor: str, size: int = 12) -> str:
