@@ -384,8 +384,11 @@ LOAD = "from vlac.engines import ggml_lib as g; l = g.load(); print(l.provider, 
 
 
 def test_the_self_test_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
+    resource = pytest.importorskip("resource")
+    limit = resource.getrlimit(resource.RLIMIT_CPU)
     assert ggml_selftest.main([str(directory())]) == 0
     assert "cpu_library" in capsys.readouterr().out
+    assert resource.getrlimit(resource.RLIMIT_CPU) == limit  # its own limit is for a process of its own
 
 
 def test_finding_a_provider_imports_nothing() -> None:

@@ -160,7 +160,6 @@ def _limit_cpu_time() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Self-test of the folder in arguments[0], without the CPU libraries in arguments[1:]; the exit code."""
     directory = Path(arguments[0])
-    _limit_cpu_time()
     try:
         name = best_variant(directory, arguments[1:])
         print(json.dumps({"trying": name}), flush=True)
@@ -175,4 +174,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    _limit_cpu_time()  # here, for it is the whole process's
     sys.exit(main(sys.argv[1:]))
