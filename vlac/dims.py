@@ -13,6 +13,9 @@ from typing import Union
 
 from vlac.errors import ProgramError
 
+ROWS = "N"
+"""The symbol for rows of the chunk: how many actions are computed."""
+
 
 @dataclass(frozen=True)
 class Affine:

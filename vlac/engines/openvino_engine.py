@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vlac.artifact import Artifact
+from vlac.dims import ROWS, Affine
 from vlac.engines.base import Engine, EngineSession, NpArray, Values
 from vlac.engines.onnx_files import SINGLE, default_threads, graph_files, integer_formats
 from vlac.engines.onnxruntime_engine import int8_kernels
@@ -35,8 +36,6 @@ DECLINES: Mapping[str, str] = {
 PRECISIONS = ("f32", "bf16")
 LEAST_GROUP, LARGEST_GROUP = 128, 384
 """Of values that share a scale: smaller groups cost time (128: 9 % of SmolVLA's vision), larger ones accuracy."""
-ROWS = "N"
-"""The symbol whose value is fixed in a model: rows of the chunk."""
 FEW_ROWS = 9
 """Attention and MLPs over fewer rows than this are kept from OpenVINO's code generator: see `_snippets`."""
 _NATIVE_ERRORS = (RuntimeError, ValueError, TypeError, OSError)
@@ -80,7 +79,7 @@ class OpenVinoSession(EngineSession):
         self._op_ms: dict[str, dict[str, float]] = {}
         program = self._program = artifact.program
         stages = () if self._single else program.stages
-        self._by_rows = {s.name for s in stages if any(ROWS in str(d) for _, t in s.inputs for d in t.shape)}
+        self._by_rows = {s.name for s in stages if _reads_rows(s)}
         self._outputs = {s.name: s.outputs for s in stages} or {SINGLE: (program.schedule.result,)}
         version = openvino.__version__
         prepared = Prepared(artifact, self.engine, openvino=version, device=device)
@@ -204,6 +203,12 @@ class OpenVinoSession(EngineSession):
 
     def close(self) -> None:
         self._open_now.clear()
+
+
+def _reads_rows(stage: Stage) -> bool:
+    """Whether the shape of an input depends on how many rows of the chunk are computed."""
+    dims = [d for _, t in stage.inputs for d in t.shape]
+    return any(isinstance(d, Affine) and ROWS in dict(d.terms) for d in dims)
 
 
 def _without_telemetry() -> Any:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vlac.dims import Affine, Dim, symbol
+from vlac.dims import ROWS, Affine, Dim, symbol
 from vlac.errors import ProgramError
 from vlac.graph import Node, Program, Repeat, Stage, Symbol, check
 from vlac.ops import Attr, Type
 from vlac.rewrites.draft import Draft, StageDraft, is_weight
 from vlac.rewrites.rows import BY_ROW, ELEMENTWISE, is_causal
 
-ROWS = "N"
-"""The symbol: rows of the chunk."""
 FIFTHS = 5
 MASK = -1
 """Marks a mask that keeps every row from later ones."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from vlac.dims import Affine, Dim
+from vlac.dims import ROWS, Affine, Dim
 from vlac.errors import ArtifactError, InputError
 from vlac.graph import RUNTIME_INPUTS, Program, Repeat
 from vlac.io import IO
@@ -213,7 +213,7 @@ def _symbols(program: Program, camera_count: int, token_count: int, rows: int | 
     """The smallest bucket that holds this observation: padding is dropped, which changes no value (it is masked)."""
     needed = {"C": max(1, camera_count), "T": max(1, token_count)}
     if rows is not None:
-        needed["N"] = rows
+        needed[ROWS] = rows
     result = {}
     for symbol in program.symbols:
         least = needed.get(symbol.name, symbol.max)

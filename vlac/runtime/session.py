@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from vlac.artifact import Artifact, open_artifact
+from vlac.dims import ROWS
 from vlac.engines.base import Engine, EngineSession, get_engine
 from vlac.errors import ArtifactError, EngineError, InputError, VlacWarning
 from vlac.integrity import Verification
@@ -347,7 +348,7 @@ class Session:
             stats["reused"] = () if known is None else tuple(known.used)
             if seen is not None:
                 stats.update(observation=seen.number, observation_age_ms=age_ms(seen))
-            stats["rows_computed"] = ready.symbols.get("N", io.noise_shape[0])
+            stats["rows_computed"] = ready.symbols.get(ROWS, io.noise_shape[0])
             stats["total_ms"] = (time.perf_counter() - started) * 1e3
             self.stats, self._noted = stats, ready.warnings
             self.tokens = generated(self.artifact.program, collected)
