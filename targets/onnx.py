@@ -10,7 +10,7 @@ there is long attention. manifest["onnx"] tells which graph is which.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from vlac.targets._onnx_ranges import Range, ranges
 ENGINES = ("onnxruntime", "openvino")
 _WIDTHS = {"fp16": ("f16", "f16"), "int8": ("int8", "int8"), "int4": ("int4", "int8"), "fp32": ("f32", "f32")}
 """precision -> formats of (weights of linears, embedding tables); everything else is f32."""
+FLOATS = ("f32", "f16", "bf16")
 STATIC_OPS = ("column_mean", "pack_codes", "unpack_codes")
 """Ops that are written for known shapes only."""
 
@@ -51,11 +52,15 @@ def _plan(precision: str) -> Callable[[str, tuple[int, ...], str], str]:
     return lambda name, shape, role: {"linear": linear, "embed": embed}.get(role, "f32")
 
 
-def lower(program: Program, options: Mapping[str, Any]) -> Program:
-    """Linears padded to the blocks of their format; all shapes static where the graph must be."""
+def lower(program: Program, options: Mapping[str, Any], parts: Collection[str] = (*FLOATS, "int8")) -> Program:
+    """Linears padded to the blocks of their format, q, k and v of many rows apart if they are held in `parts`, factors
+    on scores in the weights of queries; all shapes static where the graph must be."""
     from vlac.lower import pad_to_blocks
+    from vlac.rewrites.parts import part_projections
+    from vlac.rewrites.scores import fold_score_scales
 
     _need_onnx()  # here, before the reference spends a minute on golden answers
+    program = fold_score_scales(part_projections(program, parts))
     ops = {n.op for s in program.stages for n in s.nodes}
     static = options.get("single_file") or not ops.isdisjoint(STATIC_OPS)
     return pad_to_blocks(program.bind(program.max_symbols()) if static else program)

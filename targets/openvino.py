@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 from vlac.registry import Target, targets
-from vlac.targets.onnx import CONTAINERS, OWN_PASSES, emit, lower
+from vlac.targets.onnx import CONTAINERS, FLOATS, OWN_PASSES, emit, lower
 
 ENGINES = ("openvino", "onnxruntime")
 FORMS = ("portable",)
@@ -25,7 +25,8 @@ def _target(precision: str, doc: str) -> Target:
     plan, write = partial(_plan, precision), partial(emit, kinds=FORMS)
     own = OWN_PASSES.get(precision, ())
     name = f"openvino-{precision}"
-    return targets.add(Target(name, plan, lower, write, ENGINES, _OPTIONS, doc, own, containers=CONTAINERS))
+    fit = partial(lower, parts=FLOATS)  # activations are quantised again for every product that reads them
+    return targets.add(Target(name, plan, fit, write, ENGINES, _OPTIONS, doc, own, containers=CONTAINERS))
 
 
 INT8 = _target("int8", "int8 weights for OpenVINO, activations quantised in groups while running, the rest bf16")

@@ -141,8 +141,8 @@ def lower_for(
     program = rotate_inputs(program, policy.rotations)
     program = with_importance(round_inputs(program, policy.activations), policy.importance)
     requested = {name: p.format for name, p in program.params.items()}
-    role = roles(program)
-    return check(target.lower(program, options)), requested, role
+    fitted = check(target.lower(program, options))
+    return fitted, requested, {**roles(fitted), **roles(program)}
 
 
 def _holds(target: Target, precision: Sequence[tuple[str, str]]) -> None:

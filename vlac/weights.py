@@ -89,6 +89,14 @@ class LazyTensor:
         rows = None if read is None else lambda start, stop: fn(read(start, stop))
         return LazyTensor(shape, lambda: fn(self.load()), self.dtype, self.source, rows)
 
+    def cut(self, start: int, stop: int) -> LazyTensor:
+        """Rows start..stop - 1 (of the first axis); the others are read only where the whole alone can be had."""
+        read = self.load_rows
+        whole = lambda: self.load()[start:stop] if read is None else read(start, stop)  # noqa: E731
+        rows = None if read is None else lambda i, j: read(start + i, start + j)
+        shape = (stop - start, *self.shape[1:])
+        return LazyTensor(shape, whole, self.dtype, self.source, rows, self.importance)
+
     @staticmethod
     def of(array: npt.ArrayLike, source: str = "computed") -> LazyTensor:
         """A tensor that is already in memory."""

@@ -1,0 +1,83 @@
+"""Rewrites that the ONNX targets add: projections of many rows taken apart, factors on scores taken into weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from lower_toys import ops, program_of, rewrite, run, same
+
+from vlac.graph import Param, Program, StageBuilder, check
+from vlac.rewrites.parts import MANY_ROWS, part_projections
+from vlac.rewrites.scores import fold_score_scales
+
+SHAPES = {"l.q.weight": (8, 6), "l.q.bias": (8,), "l.k.weight": (4, 6), "l.v.weight": (4, 6), "table": (9, 8)}
+
+
+def attention(rows: int, scale: float = 0.25, spoil: str = "") -> Program:
+    """One stage with q (with a bias), k and v of the same `rows`, fused, and their attention."""
+    b = StageBuilder("one")
+    x = b.input("state", "f32", rows, 6)
+    q, k, v = b.linear(x, "@l.q.weight", "@l.q.bias"), b.linear(x, "@l.k.weight"), b.linear(x, "@l.v.weight")
+    turned = b.op("rope", q, b.op("arange", start=0, stop=rows), head_dim=4, base=100.0) if spoil != "plain" else q
+    y = b.attention(turned, k, v, heads=2, kv_heads=1, scale=scale)
+    if spoil == "read":
+        y = b.add(y, turned)
+    b.output(b.op("silu", y, name="out"))
+    return rewrite("fuse_projections")(program_of(b, shapes=SHAPES))
+
+
+def seen(rows: int) -> dict[str, Any]:
+    return {"state": np.random.default_rng(3).normal(size=(rows, 6)).astype(np.float32)}
+
+
+def test_projections_of_many_rows_come_apart() -> None:
+    program = attention(MANY_ROWS)
+    done = check(part_projections(program, ("f32",)))
+    assert ops(program).count("linear") == 1 and "slice" in ops(program)
+    assert ops(done).count("linear") == 3 and "slice" not in ops(done)
+    assert sorted(p.shape for p in done.params.values()) == [(4,), (4,), (4, 6), (4, 6), (8,), (8, 6)]
+    assert same(run(program, seen(MANY_ROWS)), run(done, seen(MANY_ROWS)))
+
+
+def test_few_rows_and_other_formats_stay_together() -> None:
+    few, many = attention(MANY_ROWS - 1), attention(MANY_ROWS)
+    assert part_projections(few, ("f32",)) == few
+    assert part_projections(many, ("int8",)) == many
+
+
+def test_parts_keep_their_format_and_what_columns_weigh() -> None:
+    program = attention(MANY_ROWS)
+    name = next(n for n, p in program.params.items() if len(p.shape) == 2)
+    held = program.replace(params={**program.params, name: Param(program.params[name].shape, "int8")})
+    done = part_projections(held, ("int8",))
+    assert {p.format for p in done.params.values() if len(p.shape) == 2} == {"int8"}
+    whole = program.weights[name].load()
+    parts = [done.weights[n].load() for n in done.params if n.endswith(".weight")]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_a_weight_that_two_linears_read_stays_whole() -> None:
+    b = StageBuilder("one")
+    x = b.input("state", "f32", MANY_ROWS, 6)
+    twice = [b.linear(y, "@w.weight") for y in (x, b.op("silu", x))]
+    halves = [b.op("slice", y, axis=1, start=s, stop=s + 4) for y in twice for s in (0, 4)]
+    b.output(b.op("concat", *halves, axis=1, name="out"))
+    program = program_of(b, shapes={"w.weight": (8, 6)})
+    assert part_projections(program, ("f32",)) == program
+
+
+@pytest.mark.parametrize("rows", [5, MANY_ROWS])
+@pytest.mark.parametrize("spoil", ["", "plain"])
+def test_a_power_of_two_goes_into_the_queries_and_changes_no_bit(rows: int, spoil: str) -> None:
+    program = part_projections(attention(rows, spoil=spoil), ("f32",))
+    done = check(fold_score_scales(program))
+    assert [n.attr["scale"] for s in done.stages for n in s.nodes if n.op == "attention"] == [1.0]
+    assert np.array_equal(run(program, seen(rows)), run(done, seen(rows)))
+
+
+@pytest.mark.parametrize(("scale", "spoil"), [(0.3, ""), (1.0, ""), (0.25, "read")])
+def test_other_factors_and_queries_that_are_read_twice_stay(scale: float, spoil: str) -> None:
+    program = attention(5, scale, spoil)
+    assert fold_score_scales(program) == program
