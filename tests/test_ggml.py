@@ -239,6 +239,31 @@ def test_bf16_beside_q8_is_recoded_where_the_cpu_has_no_bf16(monkeypatch: pytest
     assert 1e-4 < np.linalg.norm(found[True] - found[False]) / np.linalg.norm(found[True]) < 2e-2
 
 
+def test_q8_in_a_loop_is_recoded_where_the_cpu_has_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    once, loop = StageBuilder("once"), StageBuilder("loop")
+    once.output(once.linear(once.input("state", "f32", 4, 64), "@once", name="seen"))
+    loop.input("step", "i32", 1)
+    x = loop.linear(loop.input("x", "f32", 4, 64), "@loop")
+    loop.output(loop.add(x, loop.input("seen", "f32", 4, 64), name="next"))
+    r = np.random.default_rng(0)
+    tensors = {n: stored(r.standard_normal((64, 64)).astype(np.float32), "q8_0") for n in ("once", "loop")}
+    params = {n: Param(t.shape, t.format) for n, t in tensors.items()}
+    repeat = Repeat("loop", 3, "step", (("next", "x", "noise"),))
+    program = Program("looped", (), (once.build(), loop.build()), params, Schedule((Call("once"), repeat), "next"))
+    most = 2 * 64 * 64
+    for features, room, want in (
+        ({"AVX512_BF16": "1"}, most, "bf16"),
+        ({"AVX512_BF16": "1"}, most - 1, "q8_0"),
+        ({}, most, "q8_0"),
+    ):
+        monkeypatch.setattr(ggml_lib.load(), "features", features)
+        monkeypatch.setattr(ggml_engine, "PRIVATE_BYTES", room)
+        session = GgmlSession(program, tensors, threads=1)
+        assert ("recoded" in session.info) == (want == "bf16")
+        assert {n: p.format for n, p in session.program.params.items()} == {"once": "q8_0", "loop": want}
+        session.close()
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_pages_given_back_leave_memory_and_keep_their_bytes(tmp_path: Path) -> None:
     def shared_pages() -> int:

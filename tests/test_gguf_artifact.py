@@ -254,19 +254,23 @@ def test_plan(target: str, shape: tuple[int, ...], role: str, fmt: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "role", "fmt"),
+    ("name", "role", "bf16", "q8", "q6", "q5"),
     [
-        ("vision.layers.3.mlp.fc1.weight", "linear", "bf16"),
-        ("vision.layers.0.mlp.fc1.weight", "linear", "f16"),
-        ("vision.patch_embedding.weight", "linear", "f16"),
-        ("connector.proj.weight", "linear", "f16"),
-        ("vision.position_embedding", "other", "f32"),
-        ("text.layers.0.mlp.up_proj.weight", "linear", "q8_0"),
+        ("vision.layers.3.mlp.fc1.weight", "linear", "bf16", "bf16", "q6_k", "q5_k"),
+        ("vision.layers.3.self_attn.out_proj.weight", "linear", "f16", "f16", "bf16", "q5_k"),
+        ("vision.layers.0.mlp.fc1.weight", "linear", "f16", "f16", "bf16", "bf16"),
+        ("vision.patch_embedding.weight", "linear", "f16", "f16", "f16", "f16"),
+        ("connector.proj.weight", "linear", "f16", "f16", "q6_k", "q5_k"),
+        ("vision.position_embedding", "other", "f32", "f32", "f32", "f32"),
+        ("text.layers.0.mlp.up_proj.weight", "linear", "bf16", "q8_0", "q6_k", "q5_k"),
+        ("text.layers.0.self_attn.qkv_proj.weight", "linear", "f16", "q8_0", "q6_k", "q5_k"),
+        ("expert.layers.0.mlp.up_proj.weight", "linear", "bf16", "q8_0", "q5_k", "q5_k"),
     ],
 )
-def test_q8_holds_the_vision_tower_finer(name: str, role: str, fmt: str) -> None:
-    assert targets.get("gguf-q8").plan(name, (768, 768), role) == fmt
-    assert targets.get("gguf-q6").plan(name, (768, 768), role) in ("q6_k", "f32")
+def test_what_matters_more_is_held_finer(name: str, role: str, bf16: str, q8: str, q6: str, q5: str) -> None:
+    wanted = {"bf16": bf16, "q8": q8, "q6": q6, "q5": q5}
+    assert {f: targets.get(f"gguf-{f}").plan(name, (768, 768), role) for f in wanted} == wanted
+    assert targets.get("gguf-q6").plan("expert.x.weight", (960, 320), role) == ("q8_0" if role == "linear" else "f32")
 
 
 @pytest.mark.parametrize(

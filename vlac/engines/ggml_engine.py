@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 import mmap
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from vlac.artifact import Artifact, StoredTensor
+from vlac.dims import ROWS
 from vlac.engines import ggml_lib
 from vlac.engines.base import Engine, EngineSession, NpArray, Values
 from vlac.engines.ggml_lib import Ggml, InitParams, Tensor
@@ -25,7 +27,7 @@ from vlac.engines.ggml_ops import DRAW, LAYOUTS, Drawing, Feed
 from vlac.engines.ggml_plan import NEVER, StagePlan, macs, plan_stage
 from vlac.errors import EngineError
 from vlac.formats import encode, get_format
-from vlac.graph import Param, Program, stage_symbols
+from vlac.graph import Param, Program, Repeat, stage_symbols
 from vlac.ops import DTYPES, OPS
 
 DECLINES = NEVER
@@ -37,10 +39,13 @@ MAX_GRAPHS = 32
 """Graphs kept per session; the one unused for longest goes first (each holds its compute buffer). Five stages in the
 sizes that a robot uses are about twenty; building them anew for each other instruction leaves memory in pieces."""
 
-WORK_TO_SHARE = 4_000_000
+WORK_TO_SHARE = 1_000_000
 """Multiply-accumulates per node from which a graph uses more than one thread. ggml waits for all threads after every
 node, and one that has lost its core costs a slice of the scheduler: on a busy machine of two cores 40 nodes took 10 ms
 with two threads at any size, with one 0.25 ms (0.1 M per node), 4 ms (4 M), 75 ms (67 M: as long as with two)."""
+
+PRIVATE_BYTES = 1 << 28
+"""Most memory for weights that are kept in another format than the file's because that is faster on this CPU."""
 
 _WEIGHTS_USAGE = 1
 
@@ -102,17 +107,34 @@ def _aligned(data: NpArray) -> NpArray:
     return copy
 
 
-def without_bf16(program: Program, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The bfloat16 weights of a file that holds q8_0 as well, as q8_0: for CPUs without instructions for bfloat16."""
-    weights = {n.inputs[1][1:] for s in program.stages for n in s.nodes if n.op == "linear" and n.inputs[1][0] == "@"}
-    if not any(program.params[w].format == "q8_0" for w in weights):
+def for_this_cpu(
+    program: Program, tensors: Mapping[str, StoredTensor], bf16: bool, exact: bool = False
+) -> dict[str, StoredTensor]:
+    """Weights of linears that are faster in another format than the file's, in that format.
+
+    Without instructions for bfloat16 (`bf16`), the bfloat16 weights of a file that holds blocks, too, become q8_0. With
+    them, q8_0 becomes bfloat16 in stages that a loop repeats, up to PRIVATE_BYTES and unless results must stay `exact`:
+    there are few rows for q8_0's kernel (50: 0.75 of the speed), and as many steps to save time in.
+    """
+    looped = {s.stage for s in program.schedule.steps if isinstance(s, Repeat)}
+
+    def weights(stages: Iterable[str]) -> set[str]:
+        nodes = (n for s in stages for n in program.stage(s).nodes)
+        return {n.inputs[1][1:] for n in nodes if n.op == "linear" and n.inputs[1][0] == "@"}
+
+    every = weights(s.name for s in program.stages)
+    if bf16 and not exact:
+        chosen, fmt = [w for w in sorted(weights(looped)) if program.params[w].format == "q8_0"], "bf16"
+        if sum(2 * math.prod(program.params[w].shape) for w in chosen) > PRIVATE_BYTES:
+            return {}
+    elif not bf16 and any(get_format(program.params[w].format).block > 1 for w in every):
+        suits = (w for w in sorted(every) if program.params[w].shape[-1] % 32 == 0)
+        chosen, fmt = [w for w in suits if program.params[w].format == "bf16"], "q8_0"
+    else:
         return {}
-    chosen = [
-        w for w in sorted(weights) if program.params[w].format == "bf16" and program.params[w].shape[-1] % 32 == 0
-    ]
     found = {}
     for w in chosen:
-        found[w] = dataclasses.replace(tensors[w], format="q8_0", data=encode("q8_0", tensors[w].decode()))
+        found[w] = dataclasses.replace(tensors[w], format=fmt, data=encode(fmt, tensors[w].decode()))
         give_back_pages(tensors[w].data)
     return found
 
@@ -295,7 +317,7 @@ class GgmlSession(EngineSession):
         self._graphs: OrderedDict[tuple[Any, ...], StageGraph] = OrderedDict()
         self._lib = lib = ggml_lib.load()
         count = self._threads = threads or ggml_lib.default_threads()
-        recoded = {} if "AVX512_BF16" in lib.features else without_bf16(program, tensors)
+        recoded = for_this_cpu(program, tensors, "AVX512_BF16" in lib.features, self._careful)
         stored_as = {name: Param(stored.shape, stored.format) for name, stored in recoded.items()}
         self.program = program.replace(params={**program.params, **stored_as})
         placed = {name: recoded.get(name, tensors[name]) for name in program.params}
@@ -309,7 +331,7 @@ class GgmlSession(EngineSession):
             "cpu_library": lib.cpu_library or "built in",
             "features": lib.features,
             "threads": count,
-            **({"recoded": f"{len(recoded)} bf16 tensors as q8_0"} if recoded else {}),
+            **({"recoded": f"{len(recoded)} tensors as {next(iter(recoded.values())).format}"} if recoded else {}),
         }
 
     def run(self, stage: str, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:
@@ -323,7 +345,7 @@ class GgmlSession(EngineSession):
         graph = self._graphs.get(key)
         if graph is None:
             bound = self.program.bind(symbols)
-            plan = plan_stage(bound.stage(stage), bound.params, DRAW)
+            plan = plan_stage(bound.stage(stage), bound.params, DRAW, ROWS in self._symbols[stage])
             while len(self._graphs) >= MAX_GRAPHS:
                 self._graphs.popitem(last=False)[1].free()
             weights = self._weights.tensors

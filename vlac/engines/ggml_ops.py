@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vlac.engines.ggml_lib import Ggml, InitParams, Tensor
-from vlac.engines.ggml_plan import FLASH_ROWS, StagePlan, absorbed, gate, ints, split
+from vlac.engines.ggml_plan import StagePlan, absorbed, gate, ints, split
 from vlac.errors import EngineError, InputError
 from vlac.graph import Node
 from vlac.ops import Type
@@ -27,6 +27,9 @@ F32, F16, I32, I64 = 0, 1, 26, 27
 
 KEY_BLOCK = 16
 """tinyBLAS leaves its fast path when the key count is no multiple of this (AVX512; 8 and 4 elsewhere)."""
+
+LEAST_ROWS = 8
+"""ggml multiplies fewer rows in other kernels (K-quants below 8, floats with 1), which sum in another order."""
 
 LOW_F32, LOW_F16 = -1e30, -65504.0
 
@@ -46,26 +49,29 @@ def _ids(a: Array, limit: int = 0) -> Array:
     return a.astype(np.int32, copy=False)
 
 
-def _additive(a: Array, pad_at: int, pad: int, half: bool) -> Array:
-    """bool [Nq, Nk] to 0 or a large negative number, with `pad` masked columns put in at `pad_at`; float32 as it is."""
+def _additive(a: Array, parts: tuple[tuple[int, int, int], ...], half: bool) -> Array:
+    """bool [Nq, Nk] to 0 or a large negative number, float32 as it is: columns start..stop of each part, one after the
+    other, and behind each so many that nobody sees."""
+    hidden = LOW_F32 if a.dtype == np.float32 else False
+    cut = [np.pad(a[:, start:stop], ((0, 0), (0, pad)), constant_values=hidden) for start, stop, pad in parts]
+    full: Array = np.concatenate(cut, axis=1)
     if a.dtype == np.float32:
-        return np.insert(a, [pad_at] * pad, LOW_F32, axis=1) if pad else a
-    full = np.insert(a, [pad_at] * pad, False, axis=1) if pad else a
+        return full
     if half:
         return np.where(full, np.float16(0), np.float16(LOW_F16))
     return np.where(full, np.float32(0), np.float32(LOW_F32))
 
 
-def _heads_first(a: Array, groups: int, pad: int) -> Array:
-    """[n, G*d] to [G, n+pad, d], zeros below."""
+def _heads_first(a: Array, groups: int, before: int, pad: int, owner: str) -> Array:
+    """[n, G*d] to [G, before+n+pad, d], zeros around; `owner` is the node that fills what lies before."""
     v = a.reshape(a.shape[0], groups, -1).transpose(1, 0, 2)
-    return np.pad(v, ((0, 0), (0, pad), (0, 0)))
+    return np.pad(v, ((0, 0), (before, pad), (0, 0)))
 
 
-def _transposed(a: Array, groups: int, pad: int) -> Array:
-    """[n, G*e] to [G, e, n+pad], zeros on the right."""
+def _transposed(a: Array, groups: int, before: int, pad: int, owner: str) -> Array:
+    """[n, G*e] to [G, e, before+n+pad], zeros around."""
     v = a.reshape(a.shape[0], groups, -1).transpose(1, 2, 0)
-    return np.pad(v, ((0, 0), (0, 0), (0, pad)))
+    return np.pad(v, ((0, 0), (0, 0), (before, pad)))
 
 
 def _row_range(a: Array, count: int, limit: int) -> Array:
@@ -244,8 +250,19 @@ def _linear(d: Drawing, n: Node) -> int:
     weight = d.weights[w[1:]] if w.startswith("@") else d.dense(d.value(w))
     x = d.dense(d.value(n.inputs[0]))
     in_parts = d.careful and Tensor.from_address(weight).type == F16
-    y = _in_two_parts(d, weight, x) if in_parts else d.op("mul_mat", weight, x)
+    y = _in_two_parts(d, weight, x) if in_parts else _product(d, weight, x)
     return d.op("add", y, d.value(n.inputs[2])) if len(n.inputs) > 2 else y
+
+
+def _product(d: Drawing, weight: int, x: int) -> int:
+    """The product of ggml. Where the rows are the first of perhaps more, it is the one that more rows would meet."""
+    t = Tensor.from_address(x)
+    rows = t.ne[1]
+    if not d.plan.one_form or rows >= LEAST_ROWS:
+        return d.op("mul_mat", weight, x)
+    y = d.op("mul_mat", weight, d.op("pad", x, 0, LEAST_ROWS - rows, 0, 0))
+    t = Tensor.from_address(y)
+    return d.op("cont", d.op("view_4d", y, t.ne[0], rows, t.ne[2], t.ne[3], t.nb[1], t.nb[2], t.nb[3], 0))
 
 
 def _in_two_parts(d: Drawing, weight: int, x: int) -> int:
@@ -386,20 +403,20 @@ def _attention(d: Drawing, n: Node) -> int:
     nq, nk = d.shape(q)[0], d.shape(k)[0]
     query = d.op("permute", _heads(d, d.value(q), heads), 0, 2, 1, 3)
     # flash attention takes the mask in float16: too coarse for logarithms of counts
-    if nq >= FLASH_ROWS and (len(n.inputs) < 4 or d.plan.types[n.inputs[3]].dtype == "bool"):
+    if d.plan.flash(nq) and (len(n.inputs) < 4 or d.plan.types[n.inputs[3]].dtype == "bool"):
         keys, values = (d.op("permute", _heads(d, d.value(i), groups), 0, 2, 1, 3) for i in (k, v))
-        mask = d.feed(n.inputs[3], "additive", (nk, 0, True), F16, (nk, nq)) if len(n.inputs) > 3 else None
+        mask = d.feed(n.inputs[3], "additive", (((0, nk, 0),), True), F16, (nk, nq)) if len(n.inputs) > 3 else None
         y = d.op("flash_attn_ext", query, keys, values, mask, scale, 0.0, 0.0)
     else:
-        pad = -nk % KEY_BLOCK
-        keys, values, pad_at = _padded(d, n, pad)
-        scores = d.op("mul_mat", keys, d.op("cont", query))
+        keys, values, parts = _joined(d, n) or _padded(d, n)
+        scores = _product(d, keys, d.op("cont", query))
+        count = int(Tensor.from_address(keys).ne[1])
         if len(n.inputs) > 3:
-            mask = d.feed(n.inputs[3], "additive", (pad_at, pad, False), F32, (nk + pad, nq))
+            mask = d.feed(n.inputs[3], "additive", (parts, False), F32, (count, nq))
         else:
-            mask = _tail_mask(d, nq, nk, pad)
+            mask = _tail_mask(d, nq, nk, count - nk)
         weights = d.op("soft_max_ext", scores, mask, scale, 0.0)
-        y = d.op("cont", d.op("permute", d.op("mul_mat", values, weights), 0, 2, 1, 3))
+        y = d.op("cont", d.op("permute", _product(d, values, weights), 0, 2, 1, 3))
     return d.op("reshape_4d", y, d.shape(n.name)[1], nq, 1, 1)
 
 
@@ -414,37 +431,62 @@ def _tail(a: Array, nq: int, nk: int, pad: int) -> Array:
 
 LAYOUTS["tail"] = _tail
 
+Parts = tuple[tuple[int, int, int], ...]
+"""Which keys lie where: (start, stop, padded columns behind them), see `_additive`."""
 
-def _padded(d: Drawing, n: Node, pad: int) -> tuple[int, int, int]:
-    """Keys as ne (d, Nk+pad, G), values transposed as (Nk+pad, e, G), and the key index at which the padding lies.
+
+def _joined(d: Drawing, n: Node) -> tuple[int, int, Parts] | None:
+    """Keys and values (as `_padded` has them) of which the first come from the host and the others from the graph.
+
+    The others are written into the feed, in front of those from the host, each part in whole blocks: the n-th key is
+    summed in the same place however many others there are, so that fewer rows are the first ones of more, to the bit.
+    """
+    joined = split(d.plan, n)
+    if joined is None:
+        return None
+    groups = n.attr["kv_heads"]
+    (old_k, new_k), (old_v, new_v) = (c.inputs for c in joined)
+    old, new = d.shape(old_k)[0], d.shape(new_k)[0]
+    before, pad = new + -new % KEY_BLOCK, -old % KEY_BLOCK
+    total = before + old + pad
+    room = _cached(d, old_k, groups, before, pad, False, n.name)
+    width = int(Tensor.from_address(room).ne[0])
+    fresh = d.op("permute", _heads(d, d.value(new_k), groups), 0, 2, 1, 3)
+    strides = (4 * width, 4 * width * total, 4 * width * total * groups)
+    written = d.op("cpy", fresh, d.op("view_4d", room, width, new, groups, 1, *strides, 0))
+    keys = d.op("view_4d", written, width, total, groups, 1, *strides, 0)
+    room = _cached(d, old_v, groups, before, pad, True, n.name)
+    width = int(Tensor.from_address(room).ne[1])
+    fresh = d.op("permute", _heads(d, d.value(new_v), groups), 1, 2, 0, 3)
+    strides = (4 * total, 4 * total * width, 4 * total * width * groups)
+    written = d.op("cpy", fresh, d.op("view_4d", room, new, width, groups, 1, *strides, 0))
+    values = d.op("view_4d", written, total, width, groups, 1, *strides, 0)
+    return keys, values, ((old, old + new, before - new), (0, old, pad))
+
+
+def _padded(d: Drawing, n: Node) -> tuple[int, int, Parts]:
+    """Keys as ne (d, Nk+pad, G), values transposed as (Nk+pad, e, G), and which keys lie where.
 
     Keys and values that come from the host (a cache) are laid out there, once for all turns of a loop.
     """
     k, v = n.inputs[1:3]
-    groups = n.attr["kv_heads"]
-    joined = split(d.plan, n)
-    if joined is not None:
-        old_k, new_k = joined[0].inputs
-        old_v, new_v = joined[1].inputs
-        fresh_k = d.op("cont", d.op("permute", _heads(d, d.value(new_k), groups), 0, 2, 1, 3))
-        fresh_v = d.op("cont", d.op("permute", _heads(d, d.value(new_v), groups), 1, 2, 0, 3))
-        keys = d.op("concat", _cached(d, old_k, groups, pad, False), fresh_k, 1)
-        return keys, d.op("concat", _cached(d, old_v, groups, pad, True), fresh_v, 0), d.shape(old_k)[0]
+    groups, nk = n.attr["kv_heads"], d.shape(n.inputs[1])[0]
+    pad = -nk % KEY_BLOCK
     if d.plan.on_host(k):
-        keys = _cached(d, k, groups, pad, False)
+        keys = _cached(d, k, groups, 0, pad, False)
     else:
         keys = d.op("permute", _heads(d, d.value(k), groups), 0, 2, 1, 3)
         keys = d.op("pad", d.op("cont", keys), 0, pad, 0, 0) if pad else keys
     if d.plan.on_host(v):
-        values = _cached(d, v, groups, pad, True)
+        values = _cached(d, v, groups, 0, pad, True)
     else:
         values = d.op("cont", d.op("permute", _heads(d, d.value(v), groups), 1, 2, 0, 3))
         values = d.op("pad", values, pad, 0, 0, 0) if pad else values
-    return keys, values, d.shape(k)[0]
+    return keys, values, ((0, nk, pad),)
 
 
-def _cached(d: Drawing, name: str, groups: int, pad: int, transposed: bool) -> int:
+def _cached(d: Drawing, name: str, groups: int, before: int, pad: int, transposed: bool, owner: str = "") -> int:
     rows, width = ints(d.plan.types[name])
-    rows, width = rows + pad, width // groups
+    rows, width = before + rows + pad, width // groups
     ne = (rows, width, groups) if transposed else (width, rows, groups)
-    return d.feed(name, "transposed" if transposed else "heads_first", (groups, pad), F32, ne)
+    return d.feed(name, "transposed" if transposed else "heads_first", (groups, before, pad, owner), F32, ne)

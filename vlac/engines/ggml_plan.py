@@ -59,12 +59,18 @@ class StagePlan:
     """host value -> stage inputs it is computed from."""
     after: Mapping[str, Node]
     """what the host computes from results of the graph, in order, when it has run."""
+    one_form: bool = False
+    """whether the first rows of a result must have the bits that they have in the result of more rows."""
+
+    def flash(self, queries: int) -> bool:
+        """Whether an attention of so many queries is flash attention: another sum in another order."""
+        return queries >= FLASH_ROWS and not self.one_form
 
     def on_host(self, name: str) -> bool:
         return name in self.depends
 
 
-def plan_stage(stage: Stage, params: Mapping[str, Param], able: Container[str]) -> StagePlan:
+def plan_stage(stage: Stage, params: Mapping[str, Param], able: Container[str], one_form: bool = False) -> StagePlan:
     """Sorts a stage without symbols; `able` holds the ops that can be drawn. EngineError names a node that cannot."""
     types = infer_stage(stage, params) | {f"@{name}": Type("f32", p.shape) for name, p in params.items()}
     depends: dict[str, frozenset[str]] = {name: frozenset((name,)) for name, _ in stage.inputs}
@@ -80,7 +86,7 @@ def plan_stage(stage: Stage, params: Mapping[str, Param], able: Container[str]) 
     graph, readers = _needed(stage, rest)
     after = _after(graph, types)
     graph = {name: n for name, n in graph.items() if name not in after}
-    plan = StagePlan(stage, types, host, graph, readers, depends, after)
+    plan = StagePlan(stage, types, host, graph, readers, depends, after, one_form)
     for node in graph.values():
         reason = _declined(plan, node, able)
         if reason:
@@ -171,7 +177,7 @@ def absorbed(plan: StagePlan, node: Node) -> bool:
 
 def split(plan: StagePlan, n: Node) -> tuple[Node, Node] | None:
     """The two concats (old rows from the host, then new rows) that feed keys and values, if both are like that."""
-    if len(n.inputs) < 4 or ints(plan.types[n.inputs[0]])[0] >= FLASH_ROWS:
+    if len(n.inputs) < 4 or plan.flash(ints(plan.types[n.inputs[0]])[0]):
         return None
     found = [plan.graph.get(i) for i in n.inputs[1:3]]
     k, v = found
