@@ -30,6 +30,8 @@ from vlac.layerwise import METHODS, How, round_layer
 from vlac.lower import lower, roles
 from vlac.magnitudes import Magnitudes
 from vlac.ops import NpArray
+from vlac.passes._stored import products, stored_linears
+from vlac.passes._tune import refuse, tuned
 from vlac.passes.smooth_norms import Smoothable, moved, smoothable
 from vlac.policy import Policy
 from vlac.propagate import Seen, propagate
@@ -77,6 +79,7 @@ class Ask:
     follow: bool
     samples: int
     observations: str
+    tune: int
 
     @property
     def careful(self) -> bool:
@@ -130,17 +133,32 @@ def _ask(policy: Policy, **p: Any) -> Ask:
             f"weighted=imatrix with format={fmt}, method=rtn: ggml weights errors in {', '.join(WEIGHTED)}",
             remedy="method=clip or gptq for grids of 4 and 8 bits",
         )
+    _check_tune(p, method, rotate)
     bits, size = CAREFUL.get(fmt, (4, 32))
     how = How(method, bits, size, rotate, weighted, 0.5 if p["follow"] else 0.0)
     importance = p["weighted"] == "imatrix" and method == "rtn"
     if p["attend"] and p["act"] != "int8-tensor":
         raise Inapplicable("attend=true rounds queries and keys on fixed scales", remedy="give act=int8-tensor as well")
-    rest = (p["act"], p["attend"], p["smooth"], p["bias_correct"], p["follow"], p["samples"], p["observations"])
+    names = ("act", "attend", "smooth", "bias_correct", "follow", "samples", "observations", "tune")
+    rest = tuple(p[name] for name in names)
     return Ask(fmt, p["match"], how, rotate, importance, *rest)
+
+
+def _check_tune(p: Mapping[str, Any], method: str, rotate: int) -> None:
+    if p["tune"] < 0:
+        raise Inapplicable(f"tune={p['tune']}: steps of gradient descent, such as 1000, or 0 for none")
+    if p["tune"] and (method not in ("clip", "awq", "gptq") or rotate or p["act"] != "none"):
+        raise Inapplicable(
+            f"tune= with method={method}, rotate={p['rotate']}, act={p['act']}: it moves scales of codes that were "
+            "found here, in the plain basis, for inputs as they are",
+            remedy="method=gptq,tune=... without rotate= and act=",
+        )
 
 
 def _requires(policy: Policy, **params: Any) -> None:
     ask = _ask(policy, **params)
+    if ask.tune:
+        refuse(policy, None)
     if (ask.careful or ask.smooth) and not _targets(calibrate.draw(policy), ask.match):
         raise Inapplicable(
             f"match={ask.match!r} matches no linear as {policy.family} names them",
@@ -187,7 +205,9 @@ def _eased(policy: Policy, ask: Ask, given: tuple[Golden, ...]) -> tuple[Policy,
 def _rounded(policy: Policy, ask: Ask, given: tuple[Golden, ...]) -> tuple[Policy, dict[str, Any]]:
     """The policy with every matching linear's weight on its grid, and biases that make up for the mean error."""
     program = calibrate.draw(policy)
-    names = _targets(program, ask.match)
+    names = stored_linears(policy, ask.match)
+    joined = products(policy, names)
+    names = [n for n in names if n not in {p.outer for p in joined.values()}]
     biased = {
         n.inputs[1][1:]: n.inputs[2][1:]
         for s in program.stages
@@ -201,17 +221,18 @@ def _rounded(policy: Policy, ask: Ask, given: tuple[Golden, ...]) -> tuple[Polic
 
     def choose(name: str, seen: Seen) -> Mapping[str, NpArray]:
         nonlocal errors, plain
-        weight = policy.weights[name].load()
+        product = joined.get(name)
+        weight = product.weight if product else policy.weights[name].load()
         found, wanted = round_layer(weight, seen, ask.how)
         errors += _layer_error(wanted, found, seen)
         plain += _layer_error(weight, round_layer(weight, seen, replace(ask.how, method="rtn", rotate=0))[0], seen)
         fewest.append(seen.rows / (weight.shape[1] // len(seen.gram)))
-        result = {name: found}
+        result = {name: product.inner(found) if product else found}
         if ask.bias_correct:
             bias = biased.get(name, bias_name(name))
             old = policy.biases[name].load() if name not in biased else policy.weights[bias].load()
             missing = weight.astype(np.float64) @ seen.means[0] - found.astype(np.float64) @ seen.means[1]
-            result[bias] = (old + missing).astype(np.float32)
+            result[bias] = (old + (product.inner(missing) if product else missing)).astype(np.float32)
         return result
 
     changed = propagate(policy, given, names, choose, follow=ask.follow, progress=telling())
@@ -227,6 +248,10 @@ def _rounded(policy: Policy, ask: Ask, given: tuple[Golden, ...]) -> tuple[Polic
     if ask.how.method == "rtn" and not ask.rotate:  # only biases were asked for; the target rounds the weights itself
         weights = {n: t for n, t in weights.items() if n not in names}
     after = policy.replace(weights=policy.weights.with_(**weights), biases={**policy.biases, **biases})
+    if ask.tune:
+        grids = dict.fromkeys(names, (ask.how.bits, ask.how.group))
+        after, moved_by = tuned(policy, after, given, grids, joined, ask.match, ask.tune)
+        figures |= moved_by
     return after, figures
 
 
@@ -332,6 +357,7 @@ QUANTIZE_WEIGHTS = passes.add(
             "smooth": (float, 0.0, "SmoothQuant's alpha: outlier channels of norms move into the weights; 0: not"),
             "bias_correct": (bool, False, "biases make up for the mean error"),
             "follow": (bool, True, "layers are rounded for what they read after the layers before"),
+            "tune": (int, 0, "steps of gradient descent on scales, biases and norms, against the unchanged policy"),
             "samples": (int, 0, "observations, where any are needed; 0: 64, for large models fewer"),
             "observations": (str, "", "a dataset, a folder or an .npz file of them; the policy's own without it"),
         },

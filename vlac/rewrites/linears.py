@@ -204,15 +204,30 @@ def compose_linears(program: Program) -> Program:
     for stage in draft.stages:
         for n in list(stage.nodes):
             n = stage.producers().get(n.name, n)
-            inner = stage.producers().get(n.inputs[0]) if _is_linear(n) else None
-            if inner is None or not _is_linear(inner) or stage.single_user(inner.name) is not n:
-                continue
-            (h, k), (rows, _) = (draft.params[m.inputs[1][1:]].shape for m in (inner, n))
-            if rows * k < h * k + rows * h:
+            inner = _composable(draft, stage, n)
+            if inner is not None:
+                (_, k), (rows, _) = (draft.params[m.inputs[1][1:]].shape for m in (inner, n))
                 operands = _compose(draft, inner, n, (rows, k))
                 stage.remove(inner)
                 stage.replace(n, [Node(n.name, "linear", (inner.inputs[0], *operands))])
     return prune(draft.build())
+
+
+def composable(program: Program) -> tuple[tuple[str, str], ...]:
+    """(inner, outer) weights of which `compose_linears` would make the product outer * inner, each read once."""
+    draft = Draft.of(program)
+    pairs = [(_composable(draft, stage, n), n) for stage in draft.stages for n in stage.nodes]
+    names = [(inner.inputs[1][1:], n.inputs[1][1:]) for inner, n in pairs if inner is not None]
+    return tuple((a, b) for a, b in names if draft.reads(a) == draft.reads(b) == 1)
+
+
+def _composable(draft: Draft, stage: StageDraft, n: Node) -> Node | None:
+    """The linear that a linear alone reads, where one for both is less work."""
+    inner = stage.producers().get(n.inputs[0]) if _is_linear(n) else None
+    if inner is None or not _is_linear(inner) or stage.single_user(inner.name) is not n:
+        return None
+    (h, k), (rows, _) = (draft.params[m.inputs[1][1:]].shape for m in (inner, n))
+    return inner if rows * k < h * k + rows * h else None
 
 
 def _compose(draft: Draft, inner: Node, outer: Node, shape: tuple[int, int]) -> list[str]:
