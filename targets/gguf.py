@@ -63,7 +63,7 @@ _PATCHES = (("vision.patch_embedding.*", "f16"),)
 _FIRST = (*_PATCHES, ("vision.layers.0.*", "f16"), ("connector.*", "f16"))
 _JOINING = (("vision.*.out_proj.*", "f16"),)
 
-# bfloat16: 0.0066 becomes 0.0035 for 4 % more time.
+# bfloat16: 0.0066 becomes 0.0036, for a seventh of the products at 0.6 of the speed.
 _FINER_BF16 = (*_FIRST, *_JOINING, ("text.*.self_attn.*", "f16"))
 
 # Of Q8_0's drift (SmolVLA: 0.016) the vision tower carries most, for its rounding passes through everything behind it,
