@@ -7,9 +7,13 @@ used, half of onnx-fp32's file. Neither holds the graphs of ONNX Runtime's integ
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
+from vlac.graph import Program
 from vlac.registry import Target, targets
+from vlac.rewrites.keys import level_suffix_keys
 from vlac.targets.onnx import CONTAINERS, FLOATS, OWN_PASSES, emit, lower
 
 ENGINES = ("openvino", "onnxruntime")
@@ -21,11 +25,16 @@ def _plan(linear: str, name: str, shape: tuple[int, ...], role: str) -> str:
     return linear if role in ("linear", "embed") else "f32"
 
 
+def fit(program: Program, options: Mapping[str, Any]) -> Program:
+    """As for ONNX Runtime, but for q, k and v of integers: activations would be quantised for each of the three. Keys
+    are as many for a few actions as for all."""
+    return level_suffix_keys(lower(program, options, parts=FLOATS))
+
+
 def _target(precision: str, doc: str) -> Target:
     plan, write = partial(_plan, precision), partial(emit, kinds=FORMS)
     own = OWN_PASSES.get(precision, ())
     name = f"openvino-{precision}"
-    fit = partial(lower, parts=FLOATS)  # activations are quantised again for every product that reads them
     return targets.add(Target(name, plan, fit, write, ENGINES, _OPTIONS, doc, own, containers=CONTAINERS))
 
 

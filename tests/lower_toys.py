@@ -24,6 +24,7 @@ def program_of(
     shapes: Mapping[str, tuple[int, ...]],
     steps: tuple[Call | Repeat, ...] = (),
     result: str = "",
+    symbols: tuple[Symbol, ...] = (),
 ) -> Program:
     """Stages with Gaussian weights under the given names; by default each is called once."""
     built = tuple(s.build() for s in stages)
@@ -34,7 +35,7 @@ def program_of(
         n: LazyTensor.of(rng.normal(size=s) * s[-1] ** -0.5 if len(s) > 1 else rng.normal(size=s), n)
         for n, s in shapes.items()
     }
-    symbols = (Symbol("T", (4, 7)),) if "T" in str([s.inputs for s in built]) else ()
+    symbols = symbols or ((Symbol("T", (4, 7)),) if "T" in str([s.inputs for s in built]) else ())
     params = {n: Param(s) for n, s in shapes.items()}
     schedule = Schedule(steps or tuple(Call(s.name) for s in built), result or built[-1].outputs[0])
     return check(Program("toy", symbols, built, params, schedule, Weights(weights)))

@@ -1,4 +1,5 @@
-"""Rewrites that the ONNX targets add: projections of many rows taken apart, factors on scores taken into weights."""
+"""Rewrites that the ONNX targets add: projections of many rows taken apart, factors on scores taken into weights, keys
+of a few actions as many as those of all."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from lower_toys import ops, program_of, rewrite, run, same
 
-from vlac.graph import Param, Program, StageBuilder, check
+from vlac.dims import symbol
+from vlac.graph import Param, Program, StageBuilder, Symbol, check, infer_stage
+from vlac.rewrites.keys import level_suffix_keys
 from vlac.rewrites.parts import MANY_ROWS, part_projections
 from vlac.rewrites.scores import fold_score_scales
 
@@ -81,3 +84,42 @@ def test_a_power_of_two_goes_into_the_queries_and_changes_no_bit(rows: int, spoi
 def test_other_factors_and_queries_that_are_read_twice_stay(scale: float, spoil: str) -> None:
     program = attention(5, scale, spoil)
     assert fold_score_scales(program) == program
+
+
+def flow() -> Program:
+    """A loop's stage: N rows attend to four older ones and causally to themselves."""
+    b, n = StageBuilder("one"), symbol("N")
+    x, old = b.input("noise", "f32", n, 8), b.input("state", "f32", 4, 4)
+    where = b.op("arange", start=4, stop=n + 4)
+    there = b.op("concat", b.op("arange", start=0, stop=4), where, axis=0)
+    seen = b.op("attention_mask", where, there, b.op("full", shape=(n + 4,), value=1.0, dtype="bool"))
+    k, v = (b.op("concat", old, b.linear(x, f"@l.{w}.weight"), axis=0) for w in "kv")
+    y = b.attention(x, k, v, seen, heads=2, kv_heads=1, scale=0.5)
+    b.output(b.op("silu", y, name="out"))
+    shapes = {"l.k.weight": (4, 8), "l.v.weight": (4, 8)}
+    drawn = program_of(b, shapes=shapes, symbols=(Symbol("N", (2, 5)),))
+    return check(drawn)
+
+
+def test_a_few_rows_attend_to_as_many_keys_as_all_of_them() -> None:
+    program = flow()
+    done = check(level_suffix_keys(program))
+    keys = {
+        rows: [types[n.inputs[1]].shape[0] for n in done.stages[0].nodes if n.op == "attention"]
+        for rows in (2, 5)
+        for types in [infer_stage(done.bind({"N": rows}).stages[0], done.params)]
+    }
+    assert keys[2] == keys[5] == [4 + 5 + 1]
+    rng = np.random.default_rng(2)
+    x, old = rng.normal(size=(5, 8)).astype(np.float32), rng.normal(size=(4, 4)).astype(np.float32)
+    for rows in (2, 5):
+        given = {"noise": x[:rows], "state": old}
+        before, after = (run(p.bind({"N": rows}), given) for p in (program, done))
+        assert same(before, after, 3e-7)
+    whole = run(done.bind({"N": 5}), {"noise": x, "state": old})
+    assert same(run(done.bind({"N": 2}), {"noise": x[:2], "state": old}), whole[:2], 3e-7)
+
+
+def test_keys_of_other_sequences_stay_as_they_are() -> None:
+    program = attention(5)
+    assert level_suffix_keys(program) == program

@@ -37,6 +37,10 @@ def test_artifact_for_openvino(target: str, golden: Callable[[str], Any], tmp_pa
             assert relative_max(policy.act(**g.observation(0)), g.chunk(0)) <= bound
     with vlac.load(tmp_path / "out", threads=1) as policy:
         assert policy.info["engine"] == "openvino"
+        for i in range(2):
+            whole = policy.act(**g.observation(i))
+            few = policy.act(**g.observation(i), n_actions=4, reuse=False)
+            assert np.abs(few - whole[:4]).max() <= 1e-5 * np.abs(whole).max()
 
 
 def test_models_for_fewer_actions_are_made_when_asked_for(golden: Callable[[str], Any], tmp_path: Path) -> None:
