@@ -257,8 +257,9 @@ def test_plan(target: str, shape: tuple[int, ...], role: str, fmt: str) -> None:
     ("name", "role", "bf16", "q8", "q6", "q5"),
     [
         ("vision.layers.3.mlp.fc1.weight", "linear", "bf16", "bf16", "q6_k", "q5_k"),
-        ("vision.layers.3.self_attn.out_proj.weight", "linear", "f16", "f16", "bf16", "q5_k"),
-        ("vision.layers.0.mlp.fc1.weight", "linear", "f16", "f16", "bf16", "bf16"),
+        ("vision.layers.3.self_attn.out_proj.weight", "linear", "bf16", "f16", "bf16", "q5_k"),
+        ("vision.layers.0.mlp.fc1.weight", "linear", "bf16", "f16", "bf16", "bf16"),
+        ("vision.layers.0.self_attn.qkv_proj.weight", "linear", "f16", "f16", "bf16", "bf16"),
         ("vision.patch_embedding.weight", "linear", "f16", "f16", "f16", "f16"),
         ("connector.proj.weight", "linear", "f16", "f16", "q6_k", "q5_k"),
         ("vision.position_embedding", "other", "f32", "f32", "f32", "f32"),
