@@ -99,7 +99,8 @@ def test_cost_of_the_recipe(compiled: Any, target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "linear"), [("gguf-q8", {"q8_0", "f16", "bf16"}), ("gguf-q4", {"q4_k", "q8_0"}), ("onnx-int8", {"int8"})]
+    ("target", "linear"),
+    [("gguf-q8", {"q8_0", "f16", "bf16"}), ("gguf-q4", {"q4_k", "q8_0", "f16"}), ("onnx-int8", {"int8"})],
 )
 def test_census_is_what_was_asked_for(compiled: Any, target: str, linear: set[str]) -> None:
     census = compiled(target)[1]["census"]
