@@ -101,6 +101,13 @@ def flow() -> Program:
     return check(drawn)
 
 
+def test_float16_weights_keep_their_bits() -> None:
+    program = attention(5)
+    name = next(n for n, p in program.params.items() if len(p.shape) == 2)
+    held = program.replace(params={**program.params, name: Param(program.params[name].shape, "f16")})
+    assert fold_score_scales(held) == held
+
+
 def test_a_few_rows_attend_to_as_many_keys_as_all_of_them() -> None:
     program = flow()
     done = check(level_suffix_keys(program))

@@ -452,16 +452,19 @@ def _joined(d: Drawing, n: Node) -> tuple[int, int, Parts] | None:
     room = _cached(d, old_k, groups, before, pad, False, n.name)
     width = int(Tensor.from_address(room).ne[0])
     fresh = d.op("permute", _heads(d, d.value(new_k), groups), 0, 2, 1, 3)
-    strides = (4 * width, 4 * width * total, 4 * width * total * groups)
-    written = d.op("cpy", fresh, d.op("view_4d", room, width, new, groups, 1, *strides, 0))
-    keys = d.op("view_4d", written, width, total, groups, 1, *strides, 0)
+    keys = _written(d, room, fresh, (width, new, groups), (width, total, groups))
     room = _cached(d, old_v, groups, before, pad, True, n.name)
     width = int(Tensor.from_address(room).ne[1])
     fresh = d.op("permute", _heads(d, d.value(new_v), groups), 1, 2, 0, 3)
-    strides = (4 * total, 4 * total * width, 4 * total * width * groups)
-    written = d.op("cpy", fresh, d.op("view_4d", room, new, width, groups, 1, *strides, 0))
-    values = d.op("view_4d", written, total, width, groups, 1, *strides, 0)
+    values = _written(d, room, fresh, (new, width, groups), (total, width, groups))
     return keys, values, ((old, old + new, before - new), (0, old, pad))
+
+
+def _written(d: Drawing, room: int, fresh: int, part: tuple[int, int, int], whole: tuple[int, int, int]) -> int:
+    """The float32 tensor `room` of shape `whole` with `fresh`, of shape `part`, copied into its beginning."""
+    strides = [4 * math.prod(whole[:i]) for i in (1, 2, 3)]
+    written = d.op("cpy", fresh, d.op("view_4d", room, *part, 1, *strides, 0))
+    return d.op("view_4d", written, *whole, 1, *strides, 0)
 
 
 def _padded(d: Drawing, n: Node) -> tuple[int, int, Parts]:

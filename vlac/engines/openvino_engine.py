@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from vlac.artifact import Artifact
-from vlac.dims import ROWS, Affine
+from vlac.dims import ROWS
 from vlac.engines.base import Engine, EngineSession, NpArray, Values
 from vlac.engines.onnx_files import SINGLE, default_threads, graph_files, integer_formats
 from vlac.engines.onnxruntime_engine import int8_kernels
 from vlac.engines.prepared import Prepared
 from vlac.errors import EngineError
 from vlac.formats import FORMATS
-from vlac.graph import Program, Stage, infer_stage
+from vlac.graph import Program, Stage, infer_stage, symbols_in
 
 DECLINES: Mapping[str, str] = {
     "time_embedding": "OpenVINO computes its float64 sinusoids in float32; lowering turns them into a table of steps",
@@ -207,8 +207,7 @@ class OpenVinoSession(EngineSession):
 
 def _reads_rows(stage: Stage) -> bool:
     """Whether the shape of an input depends on how many rows of the chunk are computed."""
-    dims = [d for _, t in stage.inputs for d in t.shape]
-    return any(isinstance(d, Affine) and ROWS in dict(d.terms) for d in dims)
+    return any(ROWS in symbols_in(t.shape) for _, t in stage.inputs)
 
 
 def _without_telemetry() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vlac.dims import ROWS, Affine, symbol
 from vlac.graph import Node, Program
 from vlac.ops import Type
-from vlac.rewrites.clean import prune
+from vlac.rewrites.clean import prune, share
 from vlac.rewrites.draft import Draft, StageDraft, node
 
 
@@ -26,7 +26,7 @@ def level_suffix_keys(program: Program) -> Program:
             keys, mask = types[n.inputs[1]].shape[0], types[n.inputs[3]]
             if mask.dtype == "bool" and isinstance(keys, Affine) and dict(keys.terms).get(ROWS) == 1:
                 _level(stage, n, types, most)
-    return prune(draft.build())
+    return prune(share(draft.build()))
 
 
 def _level(stage: StageDraft, n: Node, types: dict[str, Type], most: int) -> None:
@@ -41,15 +41,10 @@ def _level(stage: StageDraft, n: Node, types: dict[str, Type], most: int) -> Non
 
 
 def _joined(stage: StageDraft, before: Node, operand: str, zeros: Node, axis: int) -> str:
-    """The operand with zeros behind it, made once per stage."""
+    """The operand with zeros behind it; `share` makes one of equal ones."""
     made = stage.producers().get(operand)
     parts = made.inputs if made is not None and made.op == "concat" and made.attr["axis"] == axis else (operand,)
-    same = [m for m in stage.nodes if m.op == "full" and m.attrs == zeros.attrs]
-    filler = same[0] if same else Node(stage.fresh("zeros"), zeros.op, (), zeros.attrs)
-    new = [] if same else [filler]
-    known = [m for m in stage.nodes if m.op == "concat" and m.inputs == (*parts, filler.name)]
-    if known:
-        return known[0].name
+    filler = Node(stage.fresh("zeros"), zeros.op, (), zeros.attrs)
     name = stage.fresh(f"{operand}.level", [filler.name])
-    stage.replace(before, [*new, node(name, "concat", *parts, filler.name, axis=axis), before])
+    stage.replace(before, [filler, node(name, "concat", *parts, filler.name, axis=axis), before])
     return name

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vlac.dims import ROWS, Affine, Dim, symbol
+from vlac.dims import ROWS, Dim, symbol
 from vlac.errors import ProgramError
-from vlac.graph import Node, Program, Repeat, Stage, Symbol, check
+from vlac.graph import Node, Program, Repeat, Stage, Symbol, check, symbols_in
 from vlac.ops import Attr, Type
 from vlac.rewrites.draft import Draft, StageDraft, is_weight
 from vlac.rewrites.rows import BY_ROW, ELEMENTWISE, is_causal
@@ -88,7 +88,7 @@ def first_rows(stage: StageDraft, types: Mapping[str, Type]) -> dict[str, Dim] |
 
 
 def _holds(t: Type) -> bool:
-    return any(isinstance(d, Affine) and any(s == ROWS for s, _ in d.terms) for d in t.shape)
+    return ROWS in symbols_in(t.shape)
 
 
 def _before(n: Node, found: Mapping[str, Dim], types: Mapping[str, Type], made: Mapping[str, Node]) -> Dim | None:
