@@ -4,7 +4,7 @@ TurboQuant's mean-square variant (arXiv 2504.19874): each head of each token is 
 signs, and every entry becomes the nearest of the Lloyd-Max levels for random unit vectors. One scale is kept
 (norm-matched for keys, least squares for values), and with form=groups a factor of four bits for each quarter of 64
 entries, in a place that would be empty: half the error at the same bytes. form=head is the paper's. form=inner is its
-inner-product variant (QJL): at equal bits it loses (tests/test_pass_kv.py). center takes the keys' mean over the prefix
+inner-product variant (QJL): at equal bits it loses (tests/test_kv_toy.py). center takes the keys' mean over the prefix
 off first and stores it once: softmax does not see it, and outlier channels lose their bias. The rotation of the values
 is folded into the weights where the family's spec tells who reads them. What the producing stage hands over is the
 packed codes; the loop unpacks each where it is read.
