@@ -149,7 +149,7 @@ ROUNDING = 0.03
 """Two digits, for most figures; what it adds to an interval."""
 
 APART = {("plain", "4 norm"): 0.70, ("plain", "4 least_squares"): 0.70, ("outliers256", "3 inner"): 1.45}
-"""Their ratios: beside the other formats these three of 33 are outside of what six (three) seeds can do, or at its edge.
+"""Their ratios: beside the other formats these three of 33 are outside of what six or three seeds give, or at its edge.
 The first two are one set of codes, and ours err less; the third is a form that is not the default."""
 
 
