@@ -2,7 +2,7 @@
 
 The table holds means of six seeds (two or three with heads of 256) and does not tell how noisy its queries are nor how
 their logits are scaled. This reading was chosen on the rows of q8_0, q4_0, iq4_nl and KIVI alone, of all four columns
-at once. Seeds are not the table's (no usual generator gives its figures), so its figures are held against means over
+at once. Seeds are not the table's (no generator that was tried gives them), so its figures are held against means over
 many seeds and, as six seeds scatter by 11 to 19 %, against the foreign rows of the same seeds.
 """
 
