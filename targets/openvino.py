@@ -14,6 +14,7 @@ from typing import Any
 from vlac.graph import Program
 from vlac.registry import Target, targets
 from vlac.rewrites.keys import level_suffix_keys
+from vlac.rewrites.rounding import shape_rounding
 from vlac.targets.onnx import CONTAINERS, FLOATS, OWN_PASSES, emit, lower
 
 ENGINES = ("openvino", "onnxruntime")
@@ -27,8 +28,8 @@ def _plan(linear: str, name: str, shape: tuple[int, ...], role: str) -> str:
 
 def fit(program: Program, options: Mapping[str, Any]) -> Program:
     """As for ONNX Runtime, but for q, k and v of integers: activations would be quantised for each of the three. Keys
-    are as many for a few actions as for all."""
-    return level_suffix_keys(lower(program, options, parts=FLOATS))
+    are as many for a few actions as for all. bfloat16 rounds with pictures in mind."""
+    return shape_rounding(level_suffix_keys(lower(program, options, parts=FLOATS)))
 
 
 def _target(precision: str, doc: str) -> Target:
