@@ -49,7 +49,7 @@ def _moments(types: dict[str, Type], n: Node) -> NpArray | None:
     if n.op == "patchify":
         side = np.arange(n.attr["patch"])
         line = PIXELS ** np.abs(side[:, None] - side)
-        return np.kron(np.kron(line, line), _alike(before[0], COLOURS))
+        return np.kron(_alike(before[0], COLOURS), np.kron(line, line))
     if n.op not in ("reshape", "pixel_shuffle") or len(before) != 2 or len(after) != 2:
         return None
     tokens, rest = divmod(after[1], before[1])
