@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=30, help="turns that time all artifacts, interleaved")
+    parser.add_argument("--rounds", type=int, default=60, help="turns that time all artifacts, interleaved")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "pass_success")
     parser.add_argument("--quick", action="store_true", help="six recipes")
     options = parser.parse_args()

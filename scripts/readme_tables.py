@@ -119,6 +119,8 @@ def pass_success(report: dict[str, Any]) -> list[str]:
     m = report["machine"]
     made = f"{report['what']}; `{report['command']}`; {m['cpu']}, {m['cores']} cores."
     made += " Success: the same unseen starts and noise."
+    if any(r.get("latency_verdict") == "INTERLEAVED" for r in report["rows"]):
+        made += " ms: medians of rounds in which all took turns."
     bad = sum(r.get("latency_verdict") not in ("VALID", "INTERLEAVED") for r in report["rows"] if r["status"] == "done")
     busy = f"Milliseconds of {bad} rows are not to be quoted: `vlac bench` could not call them VALID." if bad else ""
     drift = "Drift: relative L2 in the robot's units on 16 recorded observations, which passes were fitted on as well."

@@ -26,7 +26,7 @@ from vlac.engines.ggml_lib import Ggml, InitParams, Tensor
 from vlac.engines.ggml_ops import DRAW, LAYOUTS, Drawing, Feed
 from vlac.engines.ggml_plan import NEVER, StagePlan, macs, plan_stage
 from vlac.errors import EngineError
-from vlac.formats import encode, get_format
+from vlac.formats import decode, encode, get_format
 from vlac.graph import Param, Program, Repeat, stage_symbols
 from vlac.ops import DTYPES, OPS
 
@@ -47,6 +47,8 @@ of SmolVLA's loop (2 M): 44 ms with one, 24 with two on a machine of their own."
 
 PRIVATE_BYTES = 1 << 28
 """Most memory for weights that are kept in another format than the file's because that is faster on this CPU."""
+
+RECODED_ROWS = 128
 
 _WEIGHTS_USAGE = 1
 
@@ -135,9 +137,22 @@ def for_this_cpu(
         return {}
     found = {}
     for w in chosen:
-        found[w] = dataclasses.replace(tensors[w], format=fmt, data=encode(fmt, tensors[w].decode()))
+        found[w] = _recoded(tensors[w], fmt)
         give_back_pages(tensors[w].data)
     return found
+
+
+def _recoded(stored: StoredTensor, fmt: str) -> StoredTensor:
+    """The tensor in another format, made a few rows at a time: what is allocated and freed between arrays that stay is
+    memory that the process keeps."""
+    (rows, width), old, new = stored.shape, get_format(stored.format), get_format(fmt)
+    assert stored.data is not None
+    given = np.ascontiguousarray(stored.data).reshape(rows, -1).view(np.uint8)
+    made = np.empty((rows, new.nbytes((1, width))), dtype=np.uint8)
+    for at in range(0, rows, RECODED_ROWS):
+        some = given[at : at + RECODED_ROWS]
+        made[at : at + len(some)] = encode(fmt, decode(old.name, some, (len(some), width))).reshape(len(some), -1)
+    return dataclasses.replace(stored, format=fmt, data=made.reshape(-1))
 
 
 def give_back_pages(data: NpArray | None) -> None:
