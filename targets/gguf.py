@@ -40,6 +40,9 @@ from vlac.graph import Program, Stage
 from vlac.policy import match_format
 from vlac.registry import Progress, Target, targets
 from vlac.targets._dialect_emit import dialects_of
+from vlac.targets._engines import engines_for
+
+ENGINES = ("ggml", "torch")
 
 # --- which format a tensor gets ----------------------------------------------------------------------------------
 
@@ -277,7 +280,8 @@ def _emit(
     crcs.update({PROGRAM: crc32(text.encode()), IO_KEY: crc32(sidecars.io.encode())})
     if sidecars.tokenizer is not None:
         crcs[TOKENIZER] = crc32(sidecars.tokenizer)
-    manifest = {"files": {}, **sidecars.manifest, "crc32": crcs, "tensor_names": names}
+    engines = engines_for(program, sidecars.manifest.get("engines", ENGINES))
+    manifest = {"files": {}, **sidecars.manifest, **engines, "crc32": crcs, "tensor_names": names}
     rows = [(name, p.format, p.shape) for name, p in renamed.params.items()]
     if sidecars.golden is not None:
         rows.append((GOLDEN, "i8", (len(sidecars.golden),)))
@@ -311,7 +315,7 @@ def _target(name: str, recipe: Recipe) -> Target:
         plan,
         _lower,
         emit,
-        engines=("ggml", "torch"),
+        engines=ENGINES,
         doc=recipe.doc,
         passes=own,
         dialects=dialects,

@@ -19,6 +19,7 @@ from vlac.errors import VlacError
 from vlac.graph import Program, Stage, infer_stage
 from vlac.registry import Progress, Target, targets
 from vlac.targets import _onnx_codes as _onnx_codes  # its emitters join the table
+from vlac.targets._engines import engines_for
 from vlac.targets._folder import TensorStore, write_sidecars
 from vlac.targets._onnx_attention import long_attention
 from vlac.targets._onnx_graph import Graph, graph_names
@@ -87,7 +88,7 @@ def emit(
     for name in program.params:  # those no stage reads, too: an artifact holds every parameter of its program
         store.param(name, f"{list(stages)[-1]}.onnx.data")
     extra = {"tensors": store.index(), "onnx": stages, "single_file": bool(options.get("single_file"))}
-    write_sidecars(folder, sidecars, {**extra, **_engines(program, sidecars)})
+    write_sidecars(folder, sidecars, {**extra, **engines_for(program, sidecars.manifest.get("engines", ENGINES))})
 
 
 def forms(program: Program) -> tuple[str, ...]:
@@ -129,20 +130,6 @@ def write_stage(
         made = StageEmitter(graph, program, stage, bounds, form, given).emit()
         graph.save(folder / name, stage.name, stage.inputs, [(made[o], types[o]) for o in stage.outputs])
     return files
-
-
-def _engines(program: Program, sidecars: Sidecars) -> dict[str, Any]:
-    """Engines that run every op of this program, and why the others do not."""
-    from vlac.engines import onnxruntime_engine, openvino_engine
-
-    ops = {n.op for s in program.stages for n in s.nodes}
-    tables = {"onnxruntime": onnxruntime_engine.DECLINES, "openvino": openvino_engine.DECLINES}
-    declined = {e: {op: why for op, why in t.items() if op in ops} for e, t in tables.items()}
-    declined = {e: found for e, found in declined.items() if found}
-    if set(declined) >= set(ENGINES):
-        raise VlacError(f"no engine runs this program: {declined}")
-    engines = [e for e in sidecars.manifest.get("engines", ENGINES) if e not in declined]
-    return {"engines": engines, **({"declined": declined} if declined else {})}
 
 
 def _need_onnx() -> None:

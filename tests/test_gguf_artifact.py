@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import vlac
 from vlac.artifact import Artifact, Golden, Sidecars, open_artifact, write_goldens
 from vlac.engines import ggml_lib
 from vlac.errors import ArtifactError, Unsupported, VlacError
@@ -339,3 +340,12 @@ def test_manifest_lies_in_the_file_as_text(good: Path) -> None:
     manifest = json.loads(file.text(MANIFEST) or "")
     assert manifest["tensor_names"]["blk.0.attn_q.weight"] == "text.layers.0.self_attn.q_proj.weight"
     assert "@blk.0.attn_q.weight" in (file.text(PROGRAM) or "")
+
+
+def test_an_artifact_that_ggml_declines_names_torch_alone(tmp_path: Path) -> None:
+    """Activations rounded between ops have no form in ggml: the file says so, and opens in the engine that runs it."""
+    recipe = ["quantize-weights:bits=8,group=channel,act=int8-token"]
+    made = vlac.compile("push-cubes", target="gguf-f32", out=tmp_path / "o", passes=recipe, goldens=1)
+    assert made.manifest["engines"] == ["torch"]
+    assert "kernels round" in made.manifest["declined"]["ggml"]["round_int8"]
+    assert vlac.load(tmp_path / "o").hparams.engine == "torch"
