@@ -105,7 +105,7 @@ def _moved(program: Program, grade: str) -> float:
 
 
 def _apart(program: Program, a: Answers, b: Answers) -> float:
-    """The largest relative L2 of a stage value, or of the chunk; where ids are picked, of stages that follow the same."""
+    """The largest relative L2 of a stage value, or of the chunk; of stages alone where ids are picked."""
     found = [float(r["relative_l2"]) for r in stage_rows(program, a.taps, b.taps, ())]
     if same_tokens(a.tokens, b.tokens) is None:
         found.append(float(metrics.summary(np.stack(a.normalised), np.stack(b.normalised))["relative_l2"]))
