@@ -424,7 +424,7 @@ def test_the_coarsest_format_of_weight_names_the_grade(artifact: Path) -> None:
     assert grade_of(program.replace(params=big)) == "q8_0"
 
 
-def test_packed_keys_are_judged_by_what_the_engines_own_rounding_weighs(golden: Any) -> None:
+def test_what_one_rounding_weighs_is_asked_at_the_engines_own_rounding(golden: Any) -> None:
     from vlac.api import apply_passes, lower_for
     from vlac.checkpoint import read_policy
     from vlac.parity_compiler import _moved
@@ -434,5 +434,5 @@ def test_packed_keys_are_judged_by_what_the_engines_own_rounding_weighs(golden: 
     plain, packed = (
         lower_for(p, targets.get("onnx-fp32"), {})[0] for p in (policy, apply_passes(policy, ["quantize-kv"]))
     )
-    assert _moved(plain, "int8") == 0
-    assert [_moved(packed, grade) for grade in ("f32", "bf16", "int8", "q8_0")] == [2**-22, 2**-8, 2**-7, 2**-7]
+    assert _moved(plain, "f32") == 0 and _moved(plain, "q8_0") == 2**-8
+    assert [_moved(packed, grade) for grade in ("f32", "bf16", "int8", "q8_0")] == [2**-22, 2**-10, 2**-8, 2**-8]
