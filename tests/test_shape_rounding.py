@@ -75,7 +75,7 @@ def smooth(rng: np.random.Generator, size: int) -> NpArray:
 
 
 def test_patches_of_smooth_pictures_come_out_nearer(pair: tuple[Program, Program]) -> None:
-    """And of pictures that are noise in every pixel a few times further off."""
+    """And of pictures that are noise in every pixel hardly further off."""
     shaped, plain = pair
     stage = next(s for s in plain.stages if any(n.op == "patchify" for n in s.nodes))
     cut = next(n for n in stage.nodes if n.op == "patchify")
@@ -90,8 +90,8 @@ def test_patches_of_smooth_pictures_come_out_nearer(pair: tuple[Program, Program
         return [float(np.square(x @ (w - exact).T).sum()) for w in (shaped.weights[name].load(), nearest(exact))]
 
     near, far = errors(smooth(rng, size)), errors(rng.uniform(-1, 1, (3, size, size)).astype(np.float32))
-    assert near[0] < 0.1 * near[1]
-    assert far[0] < 16 * far[1]
+    assert near[0] < 0.25 * near[1]
+    assert far[0] < 1.3 * far[1]
 
 
 def test_other_formats_are_left_alone(golden: Callable[[str], GoldenFolder]) -> None:

@@ -14,6 +14,9 @@ from vlac.rewrites.draft import Draft, is_weight, static_shape
 PIXELS, COLOURS, TOKENS = 0.97, 0.95, 0.9
 """Second moments, of 1 each: of pixels side by side (photographs have 0.95 and more about their mean), of the colours
 of a pixel, of a feature in tokens side by side. The bundled policy's have 0.99, 0.98 and 0.90."""
+GRAIN = 0.2
+"""Share of a pixel that is texture and noise of its own. Without it, errors in noise would be five times as large, in
+square, as those of rounding to nearest; with it 1.1 times, and those in what is smooth still a fortieth."""
 
 
 def shape_rounding(program: Program) -> Program:
@@ -22,8 +25,8 @@ def shape_rounding(program: Program) -> Program:
     Rounding each weight by itself makes an output's error sum_j e_j x_j, whose square is e^T H e on average, H the
     second moments of x. Here what rounding one weight does to the output is taken up by weights that are still to be
     rounded, as far as H says that their inputs move together (the update of GPTQ, arXiv 2210.17323, with an H that the
-    layout gives instead of data). The errors then cancel for what is smooth, and are larger in sum of squares: for
-    noise that is independent in every pixel this loses. Costs nothing at run time.
+    layout gives instead of data). The errors then cancel for what is smooth, and are a little larger in sum of
+    squares: for noise that is independent in every pixel this loses. Costs nothing at run time.
     """
     draft = Draft.of(program)
     for stage in draft.stages:
@@ -49,7 +52,8 @@ def _moments(types: dict[str, Type], n: Node) -> NpArray | None:
     if n.op == "patchify":
         side = np.arange(n.attr["patch"])
         line = PIXELS ** np.abs(side[:, None] - side)
-        return np.kron(_alike(before[0], COLOURS), np.kron(line, line))
+        smooth = np.kron(_alike(before[0], COLOURS), np.kron(line, line))
+        return (1 - GRAIN) * smooth + GRAIN * np.eye(len(smooth))
     if n.op not in ("reshape", "pixel_shuffle") or len(before) != 2 or len(after) != 2:
         return None
     tokens, rest = divmod(after[1], before[1])
