@@ -95,17 +95,13 @@ def compiler(
 def _moved(program: Program, grade: str) -> float:
     """By how much weights are moved, relative, to see what one rounding weighs; 0 where the limit needs no such excuse.
 
-    Kernels below float32 round activations: by as much as that. Where the program itself rounds on fixed grids, they
-    find codes ready: one part in 2^22, as much as float32 sums in another order differ; but packed keys and values are
-    codes of what the kernels made, float32 ones as well.
+    Where the program rounds on fixed grids, kernels find codes ready: one part in 2^22, as much as float32 sums in another
+    order differ. Packed keys and values are codes of what the kernels made: as much as those round.
     """
     ops = {n.op if n.op != "round_int8" else str(n.attr["form"]) for s in program.stages for n in s.nodes}
-    if "pack_codes" not in ops:
-        if not ops.isdisjoint(("tensor", "round_fp8")):
-            return ROUNDINGS["f32"]
-        if grade == "f32":
-            return 0.0
-    return ROUNDINGS.get(grade, 2.0**-8)
+    if "pack_codes" in ops:
+        return ROUNDINGS.get(grade, 2.0**-8)
+    return 0.0 if ops.isdisjoint(("tensor", "round_fp8")) else ROUNDINGS["f32"]
 
 
 def _apart(program: Program, a: Answers, b: Answers) -> float:
