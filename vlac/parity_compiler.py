@@ -95,8 +95,8 @@ def compiler(
 def _moved(program: Program, grade: str) -> float:
     """By how much weights are moved, relative, to see what one rounding weighs; 0 where the limit needs no such excuse.
 
-    Where the program rounds on fixed grids, kernels find codes ready: one part in 2^22, as much as float32 sums in another
-    order differ. Packed keys and values are codes of what the kernels made: as much as those round.
+    Where the program rounds on fixed grids, kernels find codes ready: one part in 2^22, as much as float32 sums in
+    another order differ. Packed keys and values are codes of what the kernels made: as much as those round.
     """
     ops = {n.op if n.op != "round_int8" else str(n.attr["form"]) for s in program.stages for n in s.nodes}
     if "pack_codes" in ops:
