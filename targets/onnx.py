@@ -10,7 +10,7 @@ there is long attention. manifest["onnx"] tells which graph is which.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from vlac.artifact import Sidecars
 from vlac.errors import VlacError
 from vlac.graph import Program, Stage, infer_stage
 from vlac.registry import Progress, Target, targets
+from vlac.rewrites.parts import part_projections
 from vlac.targets import _onnx_codes as _onnx_codes  # its emitters join the table
 from vlac.targets._engines import engines_for
 from vlac.targets._folder import TensorStore, write_sidecars
@@ -53,15 +54,18 @@ def _plan(precision: str) -> Callable[[str, tuple[int, ...], str], str]:
     return lambda name, shape, role: {"linear": linear, "embed": embed}.get(role, "f32")
 
 
-def lower(program: Program, options: Mapping[str, Any], parts: Collection[str] = (*FLOATS, "int8")) -> Program:
-    """Linears padded to the blocks of their format, q, k and v of many rows apart if they are held in `parts`, factors
-    on scores in the weights of queries; all shapes static where the graph must be."""
+def _apart(program: Program) -> Program:
+    return part_projections(program, (*FLOATS, "int8"))
+
+
+def lower(program: Program, options: Mapping[str, Any], apart: Callable[[Program], Program] = _apart) -> Program:
+    """Linears padded to the blocks of their format, joined ones `apart`, q, k and v of many rows above all, factors on
+    scores in the weights of queries; all shapes static where the graph must be."""
     from vlac.lower import pad_to_blocks
-    from vlac.rewrites.parts import part_projections
     from vlac.rewrites.scores import fold_score_scales
 
     _need_onnx()  # here, before the reference spends a minute on golden answers
-    program = fold_score_scales(part_projections(program, parts))
+    program = fold_score_scales(apart(program))
     ops = {n.op for s in program.stages for n in s.nodes}
     static = options.get("single_file") or not ops.isdisjoint(STATIC_OPS)
     return pad_to_blocks(program.bind(program.max_symbols()) if static else program)

@@ -61,14 +61,29 @@ def test_parts_keep_their_format_and_what_columns_weigh() -> None:
     assert np.array_equal(np.concatenate(parts), whole)
 
 
-def test_a_weight_that_two_linears_read_stays_whole() -> None:
+def twice_read(first: int, second: int, rows: int = MANY_ROWS) -> Program:
+    """Two linears of one weight, each cut in two: after so many columns."""
     b = StageBuilder("one")
-    x = b.input("state", "f32", MANY_ROWS, 6)
-    twice = [b.linear(y, "@w.weight") for y in (x, b.op("silu", x))]
-    halves = [b.op("slice", y, axis=1, start=s, stop=s + 4) for y in twice for s in (0, 4)]
-    b.output(b.op("concat", *halves, axis=1, name="out"))
-    program = program_of(b, shapes={"w.weight": (8, 6)})
-    assert part_projections(program, ("f32",)) == program
+    x = b.input("state", "f32", rows, 6)
+    cut = [(b.linear(y, "@w.weight"), at) for y, at in ((x, first), (b.op("silu", x), second))]
+    parts = [b.op("slice", y, axis=1, start=s, stop=e) for y, at in cut for s, e in ((0, at), (at, 8))]
+    b.output(b.op("concat", *parts, axis=1, name="out"))
+    return program_of(b, shapes={"w.weight": (8, 6)})
+
+
+def test_a_weight_that_two_linears_read_comes_apart_if_both_cut_it_alike() -> None:
+    program = twice_read(3, 3)
+    done = check(part_projections(program, ("f32",)))
+    assert sorted(p.shape for p in done.params.values()) == [(3, 6), (5, 6)]
+    assert same(run(program, seen(MANY_ROWS)), run(done, seen(MANY_ROWS)))
+    assert part_projections(twice_read(3, 4), ("f32",)) == twice_read(3, 4)
+
+
+def test_one_linear_for_which_it_is_better_decides_for_all_of_a_weight() -> None:
+    few = twice_read(3, 3, rows=5)
+    assert part_projections(few, ("f32",)) == few
+    done = part_projections(few, ("f32",), lambda stage, n, made, form: n.inputs[0] == "state")
+    assert ops(done).count("linear") == 4
 
 
 @pytest.mark.parametrize("rows", [5, MANY_ROWS])

@@ -85,10 +85,14 @@ def test_attention_on_fixed_scales(target: str, engine: str, golden: Callable[[s
         if n.op == "attention":
             assert [made[i].op == "round_int8" for i in n.inputs] == [True, True, False]
     assert outliers.drift(tmp_path / "out", engine, **EXACT[engine]) <= outliers.LIMIT
-    graph = onnx.load(str(tmp_path / "out" / "vision.onnx"), load_external_data=False).graph
     if target == "openvino-int8":  # every part of a fused weight is a product of its own
-        parts = sum(n.op == "slice" and "qkv_proj" in n.inputs[0] for n in vision.nodes)
-        assert parts and sum(n.op_type == "Add" and "product" in n.input[0] for n in graph.node) >= parts
+        made_by = {made[made[i].inputs[0]].op for n in vision.nodes if n.op == "attention" for i in n.inputs[:2]}
+        assert made_by == {"linear"} and not any(n.op == "slice" for n in vision.nodes)
+        return
+    (flow,) = (s for s in open_artifact(tmp_path / "out").program.stages if s.name == "flow")
+    joined = {n.inputs[0] for n in flow.nodes if n.op == "slice" and "proj" in n.inputs[0]}
+    graph = onnx.load(str(tmp_path / "out" / "flow.portable.onnx"), load_external_data=False).graph
+    assert joined and joined.isdisjoint(o for n in graph.node for o in n.output)
 
 
 def test_attention_needs_fixed_scales(golden: Callable[[str], Any], tmp_path: Path) -> None:
