@@ -46,25 +46,23 @@ def main() -> None:
         table = Path(folder) / "bits.txt"
         samples = f",samples={options.samples}" if options.samples else ""
 
-        def judged(recipe: str) -> tuple[Policy, dict[str, Any]]:
+        def judge(name: str, recipe: str) -> None:
             started = time.perf_counter()
             after = apply_passes(policy, [recipe])
             row: dict[str, Any] = {"recipe": recipe.replace(f",write={table}", "").replace(f"{folder}/", "")}
             row["seconds"] = round(time.perf_counter() - started)
             row |= {name: drifts(chunks(after, given)[1], want[name]) for name, given in judges.items()}
-            row["figures"] = figures(after)
+            row |= {"figures": figures(after), "format": name}
             print(json.dumps(row), file=sys.stderr, flush=True)
             rows.append(row)
-            return after, row
 
+        measured = f"high=f32,write={table}{samples}"  # one measurement of every format serves all three
+        apply_passes(policy, [f"mixed-precision:budget=rel_l2<=0.02,{measured}"])
         for fmt in UNIFORM:
-            high = "high=f32,"  # one measurement of every format serves all three
-            if not table.exists():
-                apply_passes(policy, [f"mixed-precision:budget=rel_l2<=0.02,{high}write={table}{samples}"])
-            size = figures(apply_passes(policy, [f"mixed-precision:table={uniform(table, fmt)}"]))["bytes"]
-            judged(f"mixed-precision:size=<={size}B,{high}write={table}{samples}")
-            judged(f"mixed-precision:table={uniform(table, fmt)}")
-            rows[-1]["format"], rows[-2]["format"] = fmt, f"mixed, size of {fmt}"
+            same = f"mixed-precision:table={uniform(table, fmt)}"
+            size = figures(apply_passes(policy, [same]))["bytes"]
+            judge(f"mixed, size of {fmt}", f"mixed-precision:size=<={size}B,{measured}")
+            judge(fmt, same)
     record = {
         "what": "mixed-precision and uniform formats of the same size, push-cubes",
         "command": "python benchmarks/mixed.py",

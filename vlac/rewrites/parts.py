@@ -25,8 +25,8 @@ def many_rows(stage: StageDraft, n: Node, made: Type, form: str) -> bool:
 def part_projections(program: Program, formats: Collection[str], where: Where = many_rows) -> Program:
     """The reverse of fuse_projections: linear and slices become one linear for every slice.
 
-    ONNX Runtime and OpenVINO copy every slice of columns: 1 to 2 % of SmolVLA's vision tower in their profiles, and 5 %
-    of its flow in OpenVINO with bfloat16, where products take the gate's activation in once nothing stands between.
+    ONNX Runtime and OpenVINO copy every slice of columns: 1 to 2 % of SmolVLA's vision tower in their profiles, and
+    more of its flow in OpenVINO, where products take the gate's activation in once nothing stands between.
     Each row of the weight goes to the slices that take it, so that results are the same bits as long as the engine's
     kernels are. Only weights held in `formats`, and only those that all their linears take apart in the same way,
     `where` at least one of them is better so.
