@@ -39,6 +39,7 @@ from vlac.gguf import (
 from vlac.graph import Program, Stage
 from vlac.policy import match_format
 from vlac.registry import Progress, Target, targets
+from vlac.rewrites.strides import pad_hidden_units
 from vlac.targets._dialect_emit import dialects_of
 from vlac.targets._engines import engines_for
 
@@ -129,9 +130,11 @@ def _lower(program: Program, options: Mapping[str, Any]) -> Program:
     from vlac.lower import pad_to_blocks
     from vlac.rewrites.corrections import without_rounding
 
-    return pad_to_blocks(without_rounding(program, _ROUNDS_ITSELF))
+    return pad_to_blocks(pad_hidden_units(without_rounding(program, _ROUNDS_ITSELF), _FLOATS, _PRODUCT))
 
 
+_FLOATS, _PRODUCT = ("f32", "f16", "bf16"), 32
+"""Formats without blocks, and how many columns their kernels multiply at once."""
 _ROUNDS_ITSELF = ("q8_0", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """Formats with which ggml's kernels multiply integers: they round what they multiply in blocks of 32 themselves."""
 

@@ -19,6 +19,7 @@ from vlac.errors import VlacError
 from vlac.graph import Program, Stage, infer_stage
 from vlac.registry import Progress, Target, targets
 from vlac.rewrites.parts import part_projections
+from vlac.rewrites.strides import pad_hidden_units
 from vlac.targets import _onnx_codes as _onnx_codes  # its emitters join the table
 from vlac.targets._engines import engines_for
 from vlac.targets._folder import TensorStore, write_sidecars
@@ -55,7 +56,7 @@ def _plan(precision: str) -> Callable[[str, tuple[int, ...], str], str]:
 
 
 def _apart(program: Program) -> Program:
-    return part_projections(program, (*FLOATS, "int8"))
+    return part_projections(pad_hidden_units(program, FLOATS), (*FLOATS, "int8"))
 
 
 def lower(program: Program, options: Mapping[str, Any], apart: Callable[[Program], Program] = _apart) -> Program:
