@@ -215,11 +215,10 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
 
 @_emits("weighted_mask")
 def _(e: StageEmitter, n: Node, out: str) -> None:
-    """What masks is as finite in half precision as the scores that it is added to."""
     mask, counts = n.inputs
     logs = e.node("Log", [e.cast(e(counts), e.tmp(out, "counts"), "f32")], e.tmp(out, "logs"))
     row = e.reshape(logs, e.tmp(out, "row"), 1, e.shape(counts)[0])
-    e.node("Where", [e(mask), row, e.f32(MASKED_HALF if _trt(e).half else MASKED)], out)
+    e.node("Where", [e(mask), row, e.f32(MASKED)], out)
 
 
 # --- norms and rotations ---------------------------------------------------------------------------------------
@@ -417,16 +416,18 @@ def _bias(e: TensorRTEmitter, mask: str, per: int) -> str:
     queries, keys = e.shape(mask)
 
     def constant(known: NpArray) -> str:
-        bias = np.where(known, 0.0, masked) if known.dtype == np.bool_ else known
+        bias = np.where(known, 0.0, masked) if known.dtype == np.bool_ else np.maximum(known, masked)
         return e.floats(np.tile(bias, (per, 1))[None, None])
 
     def made() -> str:
-        name = e(mask)
-        bias = (
-            name
-            if e.types[mask].dtype == "f32"
-            else e.node("Where", [name, e.f32(0.0), e.f32(masked)], e.tmp(name, "bias"))
-        )
+        name = e.unchanged(mask)
+        if e.types[mask].dtype != "f32":
+            bias = e.node("Where", [name, e.f32(0.0), e.f32(masked)], e.tmp(name, "bias"))
+        elif e.kind == "f32":
+            bias = e(mask)
+        else:  # between stages it is as the program says
+            finite = e.node("Max", [name, e.graph.const(np.float32(masked))], e.tmp(name, "finite"))
+            bias = e.cast(finite, e.tmp(name, "bias"), "f32")
         if per > 1:
             bias = e.node("Concat", [bias] * per, e.tmp(name, f"bias{per}"), axis=0)
         shape = (1, 1, per * queries if queries > 0 else -1, keys)
