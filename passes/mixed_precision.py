@@ -2,7 +2,9 @@
 
 Every one is stored in each format of a ladder alone, and the drift of the chunk is measured, the noise being the same.
 Starting from the coarsest, the step up that saves the most squared drift per byte is taken again and again (errors of
-linears add up in squares; HAWQ's rule, arXiv 1911.03852, with the chunk itself in place of a Hessian). Of the plans on
+linears add up in squares; HAWQ's rule, arXiv 1911.03852, with the chunk itself in place of a Hessian). Observations
+weigh alike in that: each one's drift is divided by what every format as a whole does to it. A policy close to a
+decision turns any rounding into much drift, and one such chunk would choose the formats for all others. Of the plans on
 that way the smallest whose joint drift, measured again, is within budget=rel_l2<=X is found by bisection; size<=Y takes
 the last plan that is not larger; both together must both hold. The result is a table of names and formats (write=FILE)
 that can be read, edited and passed back (table=FILE). Names are those of the lowered network, so passes that change it
@@ -75,10 +77,9 @@ class Bench:
         session.close()
         return Bench(program, tuple(seen))
 
-    def drift(self, formats: Mapping[str, str]) -> float:
-        """Relative L2 of the chunk when these weights are stored so; stages before the first of them do not run."""
-        if not formats:
-            return 0.0
+    def drifts(self, formats: Mapping[str, str]) -> tuple[float, ...]:
+        """For each observation the square of the chunk's change when these weights are stored so, over the mean square
+        of a chunk: the root of their mean is the relative L2. Stages before the first of these weights do not run."""
         changed = {
             name: self.program.weights[name].map(lambda w, f=fmt: stored(w, f))  # type: ignore[misc]
             for name, fmt in formats.items()
@@ -95,7 +96,9 @@ class Bench:
         session = reference_session(tail)
         chunks = [execute(tail, session, {**taps, **ready.env}, ready.symbols) for ready, taps, _ in self.seen]
         session.close()
-        return calibrate.drift(chunks, [chunk for _, _, chunk in self.seen])
+        told = [chunk.astype(np.float64) for _, _, chunk in self.seen]
+        size = np.mean([np.square(t).sum() for t in told])
+        return tuple(float(np.square(c - t).sum() / size) for c, t in zip(chunks, told, strict=True))
 
 
 def fewest(count: int, holds: Callable[[int], bool]) -> int:
@@ -197,7 +200,7 @@ class Kept:
 
     def __init__(self, path: Path | None, key: str) -> None:
         self.path, self.key = path, key
-        self.known: dict[str, float] = {}
+        self.known: dict[str, tuple[float, ...]] = {}
         if path is not None and path.is_file():
             text = path.read_text(encoding="utf-8")
             if not text.endswith("\n"):  # the last line of a killed run
@@ -206,18 +209,45 @@ class Kept:
                 with suppress(ValueError, KeyError, TypeError):
                     entry = json.loads(line)
                     if entry["key"] == key:
-                        self.known[entry["plan"]] = float(entry["drift"])
+                        self.known[entry["plan"]] = tuple(map(float, entry["squares"]))
 
-    def drift(self, bench: Bench, formats: Mapping[str, str]) -> float:
-        """As `bench.drift`, from the file where it knows the answer."""
+    def drifts(self, bench: Bench, formats: Mapping[str, str]) -> tuple[float, ...]:
+        """As `bench.drifts`, from the file where it knows the answer."""
         plan = ",".join(f"{n}={f}" for n, f in sorted(formats.items()))
         plan = plan if len(formats) == 1 else hashlib.sha256(plan.encode()).hexdigest()
         if plan not in self.known:
-            self.known[plan] = bench.drift(formats)
+            self.known[plan] = bench.drifts(formats)
             if self.path is not None:
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": self.key, "plan": plan, "drift": self.known[plan]}) + "\n")
+                    file.write(json.dumps({"key": self.key, "plan": plan, "squares": self.known[plan]}) + "\n")
         return self.known[plan]
+
+
+def scales(uniform: Sequence[Sequence[float]]) -> NpArray:
+    """How sensitive each observation is: its squared drift over the mean of all, geometric mean over plans.
+
+    uniform: `Bench.drifts` of some plans; those that change nothing say nothing.
+    """
+    told = np.array([d for d in uniform if min(d) > 0], np.float64)
+    if not told.size:
+        return np.ones(len(uniform[0]))
+    return np.asarray(np.exp(np.log(told / told.mean(1, keepdims=True)).mean(0)))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a plan does to the chunk: `drift`, relative L2 over all observations, and `score`, the same with every
+    observation's square divided by how sensitive it is."""
+
+    bench: Bench
+    kept: Kept
+    scales: NpArray
+
+    def drift(self, formats: Mapping[str, str]) -> float:
+        return math.sqrt(np.mean(self.kept.drifts(self.bench, formats)))
+
+    def score(self, formats: Mapping[str, str]) -> float:
+        return math.sqrt(np.mean(self.kept.drifts(self.bench, formats) / self.scales))
 
 
 # --- the pass ----------------------------------------------------------------------------------------------------
@@ -260,6 +290,11 @@ def _requires(policy: Policy, **p: Any) -> None:
         raise Inapplicable("the policy's weights are to be stored rotated already", remedy="mixed-precision first")
 
 
+def _enough(policy: Policy) -> int:
+    """Observations: of fewer, single chunks would choose the formats for all others."""
+    return 32 if calibrate.size(policy) <= 20_000_000 else 8
+
+
 def _items(program: Program) -> list[str]:
     """Linears and embedding tables."""
     return [n for n, kind in roles(program).items() if kind in ("linear", "embed")]
@@ -271,31 +306,34 @@ def _apply(policy: Policy, **p: Any) -> tuple[Policy, Mapping[str, Any]]:
         plan = read_table(Path(p["table"]), _items(program))
         figures: dict[str, Any] = {"weights": len(plan), "bytes": _whole(program, plan)}
         return policy.replace(precision=(*policy.precision, *plan.items())), figures
-    bench = Bench.of(policy, p["samples"], p["observations"])
+    bench = Bench.of(policy, p["samples"] or _enough(policy), p["observations"])
     names, rungs = _items(bench.program), ladder_of(p["low"], p["high"])
     path = Path(p["write"]) if p["write"] else None
-    measured = Kept(path and path.with_name(f"{path.name}.measured"), _key(policy, bench, p))
-    told, alone, pairs = telling(), {}, [(n, f) for f in rungs for n in names]
-    for i, (name, fmt) in enumerate(pairs):
-        told("drift of every weight in every format", i, len(pairs))
-        alone[name, fmt] = measured.drift(bench, {name: fmt})
+    kept = Kept(path and path.with_name(f"{path.name}.measured"), _key(policy, bench, p))
+    uniform = {f: dict.fromkeys(names, f) for f in rungs}
+    single = {(n, f): {n: f} for f in rungs for n in names}
+    told = telling()
+    for i, plan in enumerate(plans := (*uniform.values(), *single.values())):
+        told("drift of every weight in every format", i, len(plans))
+        kept.drifts(bench, plan)
+    measured = Scored(bench, kept, scales([kept.drifts(bench, plan) for plan in uniform.values()]))
+    alone = {pair: measured.score(plan) for pair, plan in single.items()}
     order = steps_up(alone, lambda n, f: nbytes(bench.program.params, {n: f}), names, rungs)
-    count, drift = _chosen(bench, measured, order, names, rungs, limit_of(p["budget"]), size_of(p["size"]))
-    plan = plan_at(order, names, rungs[0], count)
-    uniform = {f: (measured.drift(bench, dict.fromkeys(names, f)), dict.fromkeys(names, f)) for f in rungs}
-    most = size_of(p["size"])
-    starts = [(drift, plan), *(u for u in uniform.values() if _whole(bench.program, u[1]) <= most)]
+    limit, most = limit_of(p["budget"]), size_of(p["size"])
+    plan = _chosen(measured, order, names, rungs, limit, most)
+    starts = [plan, *(u for u in uniform.values() if _whole(bench.program, u) <= most)]
     if p["budget"]:  # joint drift need not fall with every step: a uniform format may hold the budget with fewer bytes
-        held = [s for s in starts if s[0] <= limit_of(p["budget"])]
-        drift, plan = min(held, key=lambda s: _whole(bench.program, s[1]))
+        plan = min((s for s in starts if measured.drift(s) <= limit), key=lambda s: _whole(bench.program, s))
     else:
-        drift, plan = _exchanged(bench, measured, *min(starts, key=lambda s: s[0]), alone, rungs, most)
+        least = min(measured.drift(s) for s in starts)
+        plan = min((s for s in starts if measured.drift(s) <= least), key=measured.score)
+        plan = _exchanged(measured, plan, alone, rungs, most)
     figures = {
         "weights": len(names),
-        "drift": round(drift, 6),
+        "drift": round(measured.drift(plan), 6),
         "bytes": _whole(bench.program, plan),
-        **{f"drift_all_{f}": round(d, 6) for f, (d, _) in uniform.items()},
-        **{f"bytes_all_{f}": _whole(bench.program, all_f) for f, (_, all_f) in uniform.items()},
+        **{f"drift_all_{f}": round(measured.drift(u), 6) for f, u in uniform.items()},
+        **{f"bytes_all_{f}": _whole(bench.program, u) for f, u in uniform.items()},
         **_where(plan, bench.program),
     }
     if path is not None:
@@ -305,38 +343,38 @@ def _apply(policy: Policy, **p: Any) -> tuple[Policy, Mapping[str, Any]]:
 
 
 def _chosen(
-    bench: Bench,
-    measured: Kept,
+    measured: Scored,
     order: Sequence[tuple[str, str]],
     names: Sequence[str],
     rungs: Sequence[str],
     limit: float,
     most: float,
-) -> tuple[int, float]:
-    """(steps taken, joint drift). Inapplicable with the numbers where no plan on the way keeps the budget."""
+) -> dict[str, str]:
+    """The plan on the way up. Inapplicable with the numbers where none keeps the budget."""
 
-    def joint(count: int) -> float:
-        return measured.drift(bench, plan_at(order, names, rungs[0], count))
+    def at(count: int) -> dict[str, str]:
+        return plan_at(order, names, rungs[0], count)
 
-    sizes = [_whole(bench.program, plan_at(order, names, rungs[0], i)) for i in range(len(order) + 1)]
+    sizes = [_whole(measured.bench.program, at(i)) for i in range(len(order) + 1)]
     fits = [i for i, size in enumerate(sizes) if size <= most]
     if not fits:
         raise Inapplicable(f"size: with all {len(names)} weights in {rungs[0]} they take {sizes[0] / 1e6:.3f} MB")
     if limit == math.inf:
-        return fits[-1], joint(fits[-1])
-    finest = joint(len(order))
+        return at(fits[-1])
+    finest = measured.drift(at(len(order)))
     if finest > limit:
         raise Inapplicable(
             f"budget={limit:g}: with all {len(names)} weights in {rungs[-1]} the chunk drifts by {finest:.3g}",
             remedy="a larger budget, or a finer high=",
         )
-    count = fewest(len(order), lambda n: joint(n) <= limit)
+    count = fewest(len(order), lambda n: measured.drift(at(n)) <= limit)
     if count not in fits:
         raise Inapplicable(
-            f"a drift of {limit:g} takes {sizes[count] / 1e6:.3f} MB, within the size it is {joint(fits[-1]):.3g}",
+            f"a drift of {limit:g} takes {sizes[count] / 1e6:.3f} MB, within the size it is "
+            f"{measured.drift(at(fits[-1])):.3g}",
             remedy="a larger size or a larger budget",
         )
-    return count, joint(count)
+    return at(count)
 
 
 EXCHANGES = 12
@@ -344,17 +382,15 @@ EXCHANGES = 12
 
 
 def _exchanged(
-    bench: Bench,
-    measured: Kept,
-    drift: float,
+    measured: Scored,
     plan: dict[str, str],
     alone: Mapping[tuple[str, str], float],
     rungs: Sequence[str],
     most: float,
-) -> tuple[float, dict[str, str]]:
+) -> dict[str, str]:
     """The plan with weights a step finer that gain most for their bytes and others a step coarser that lose least, as
-    long as the joint drift falls: what is measured alone does not tell everything."""
-    params = bench.program.params
+    long as the joint drift falls and its score does: what is measured alone does not tell everything."""
+    program, params = measured.bench.program, measured.bench.program.params
 
     def rate(name: str, to: str) -> float:
         change = abs(alone[name, plan[name]] ** 2 - alone[name, to] ** 2)
@@ -369,15 +405,18 @@ def _exchanged(
         first = max(up, key=lambda n: rate(n, up[n]))
         trial = {**plan, first: up[first]}
         for name in sorted(down.keys() - {first}, key=lambda n: rate(n, down[n])):
-            if _whole(bench.program, trial) <= most:
+            if _whole(program, trial) <= most:
                 break
             trial[name] = down[name]
-        joint = measured.drift(bench, trial) if _whole(bench.program, trial) <= most else math.inf
-        if joint < drift:
-            drift, plan = joint, trial
+        if (
+            _whole(program, trial) <= most
+            and measured.score(trial) < measured.score(plan)
+            and measured.drift(trial) <= measured.drift(plan)
+        ):
+            plan = trial
         else:
             refused.add(first)
-    return drift, plan
+    return plan
 
 
 def _whole(program: Program, plan: Mapping[str, str]) -> int:
@@ -417,7 +456,7 @@ MIXED_PRECISION = passes.add(
             "high": (str, "f16", "finest format"),
             "table": (str, "", "a table to take formats from instead of measuring"),
             "write": (str, "", "where to write the table; measurements are kept beside it"),
-            "samples": (int, 8, "observations to measure on"),
+            "samples": (int, 0, "observations to measure on; 0: 32, of a large policy 8"),
             "observations": (str, "", "a dataset, a folder or an .npz file of them; the policy's own without it"),
         },
         requires=_requires,

@@ -89,16 +89,16 @@ def test_a_killed_run_goes_on_and_tells_how_far_it_is(
     tiny: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = [f"mixed-precision:budget=0.2,high=q5_0,samples=1,write={tmp_path / 'table.txt'}"]
-    drift, calls = Bench.drift, 0
+    drifts, calls = Bench.drifts, 0
 
-    def counted(self: Bench, formats: dict[str, str]) -> float:
+    def counted(self: Bench, formats: dict[str, str]) -> tuple[float, ...]:
         nonlocal calls
         calls += 1
         if calls == 20:
             raise KeyboardInterrupt
-        return drift(self, formats)
+        return drifts(self, formats)
 
-    monkeypatch.setattr(mixed_precision.Bench, "drift", counted)
+    monkeypatch.setattr(mixed_precision.Bench, "drifts", counted)
     shown: list[tuple[int, int]] = []
     with pytest.raises(KeyboardInterrupt), told(lambda _, done, total: shown.append((done, total))):
         apply_passes(tiny, recipe)

@@ -97,7 +97,7 @@ def parity(
     given, source = observed(artifact, observations, frames, reference, read)
     chosen = choose_engine(artifact, engine)
     name = chosen.name
-    grade = grade_of(artifact.program, (options or {}).get("dtype"))
+    grade = grade_of(artifact.program, products_of(artifact, options or {}))
     report: dict[str, Any] = {
         "artifact": str(artifact.path),
         "sha256": fingerprint(artifact)["sha256"],
@@ -121,6 +121,12 @@ def parity(
     asked: list[dict[str, Any]] = [report[q] for q in ("compiler", "cost") if report[q] is not None]
     report["ok"] = bool(asked) and all(q["ok"] for q in asked)
     return report
+
+
+def products_of(artifact: Artifact, options: Mapping[str, Any]) -> str | None:
+    """The format that an engine with these options, or the artifact's graphs, round what they multiply to."""
+    asked = options.get("dtype") or artifact.manifest.get("tensorrt", {}).get("half")
+    return str(asked) if asked else None
 
 
 def grade_of(program: Program, products: str | None = None) -> str:

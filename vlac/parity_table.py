@@ -19,7 +19,7 @@ from vlac.bench import fingerprint
 from vlac.engines.base import get_engine
 from vlac.errors import EngineError, InputError
 from vlac.metrics import Limit
-from vlac.parity import grade_of, joints_of, observed, run_reference
+from vlac.parity import grade_of, joints_of, observed, products_of, run_reference
 from vlac.parity_answers import Answers, NpArray, answers
 from vlac.parity_compiler import Judge, judge, judge_engine, judged
 from vlac.recorded import Recorded
@@ -152,7 +152,7 @@ class _Run:
             mine = answers(a.program, session, a.io, a.tokenizer, self.given, self.progress, place.text)
         finally:
             session.close()
-        grade = grade_of(a.program, place.options.get("dtype"))
+        grade = grade_of(a.program, products_of(a, place.options))
         cost = self._cost(mine)
         compiler = self._compiler(mine, grade)
         held = [v["ok"] for v in (cost or {}).get("limits", [])]

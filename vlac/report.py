@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,12 +68,12 @@ def _compiler_text(q: Report) -> list[str]:
 
 
 def _spread(q: Report) -> list[str]:
-    """Where the reference, on fixed grids, moves further than the usual limit."""
+    """Where the reference moves further than the usual limit when its weights are rounded once."""
     if "reference_spread" not in q:
         return []
-    far = number(q["reference_spread"])
+    far, by = number(q["reference_spread"]), round(math.log2(q["weights_moved"]))
     return [
-        f"  fixed grids: no closer can be asked; the reference moves by rel L2 {far} when its weights move by 2^-22"
+        f"  no closer can be asked: the reference moves by rel L2 {far} when its weights move by 2^{by}, one rounding"
     ]
 
 
