@@ -14,6 +14,7 @@ import pytest
 import vlac
 from vlac.errors import EngineError, InputError, VlacError
 from vlac.peers import contenders as known
+from vlac.peers import rounds
 from vlac.peers.compare import compare, ours
 from vlac.peers.contenders import BASE, Contender
 from vlac.peers.figures import plot, table
@@ -69,10 +70,20 @@ def test_one_run(artifact: Path, tmp_path: Path) -> None:
     assert len(mine["cold"]["wall_s"]) == 2 and mine["cold"]["ratio"]["wall_s"] < 1
     assert set(mine["of_cold"]) == {"camera", "state"} and mine["relative_l2"] > 0.1
     assert mine["cold_load_s"] > 0 and mine["private_mb"] < mine["peak_mb"] and mine["mb"] > 0.1
+    assert [len(g["rows"]) for g in report["groups"]] == [7]
     text = table(report["rows"])
     assert "| ours |" in text and "dies took no part: " in text
     names = [e.text for e in ElementTree.fromstring(plot(report["rows"], "a < b")).iter() if e.tag.endswith("text")]
     assert names[0] == "a < b" and any(str(n).startswith("ours ") for n in names)
+
+
+def test_groups_where_memory_does_not_hold_all(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "HELD", 1e-9)
+    others = [peer(tmp_path, BASE), peer(tmp_path, "exact"), peer(tmp_path, "off", "off")]
+    report = compare([ours(artifact, name="ours")], tmp_path, rounds=2, threads=1, peers=others)
+    assert [g["rows"] for g in report["groups"]] == [[BASE, "exact"], [BASE, "off"], [BASE, "ours"]]
+    assert [r["name"] for r in report["rows"]] == [BASE, "exact", "off", "ours"]
+    assert len(report["load_average"]) == 6 and all(r["relative_l2"] is not None for r in report["rows"])
 
 
 def test_a_base_that_fails_ends_the_run(artifact: Path, tmp_path: Path) -> None:

@@ -40,6 +40,9 @@ def compare(
 ) -> dict[str, Any]:
     """Measures artifacts beside LeRobot on the checkpoint they were compiled from, and beside whatever else is set up.
 
+    Where memory does not hold all at once they come in groups, one after another, each with LeRobot in its turns:
+    ratios are to LeRobot of the same group.
+
     Args:
         contenders: ours. checkpoint: a LeRobot folder. peers: the others, the base first; None: all that are set up.
 
@@ -54,10 +57,20 @@ def compare(
         if peers is not None
         else [*lerobot(checkpoint), *ggml_compiler(checkpoint / "ggml-compiler"), *qvac(checkpoint / "qvac")]
     )
-    with started([*given, *contenders], count, progress) as found:
-        loads = run(found, rounds, open_artifact(_first(contenders)).io, progress)
-        rows = rows_of(found, count)
-        torch = found[0].process.start.get("torch", "") if found[0].process else ""
+    io = open_artifact(_first(contenders)).io
+    base, *waiting = [*given, *contenders]
+    rows: list[dict[str, Any]] = []
+    groups: list[dict[str, Any]] = []
+    torch, loads = "", []
+    while waiting or not rows:
+        with started([base, *waiting], count, progress) as found:
+            loads += (here := run(found, rounds, io, progress))
+            first, *others = rows_of(found, count)
+            rows += others if rows else [first, *others]
+            torch = found[0].process.start.get("torch", "") if found[0].process else ""
+        waiting = waiting[len(found) - 1 :]
+        names = [m.contender.name for m in found]
+        groups.append({"rows": names, "load_average": [round(x, 1) for x in here], "base": first.get("cold", {})})
     return {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "threads": count,
@@ -65,6 +78,7 @@ def compare(
         "load_average": [round(x, 1) for x in loads],
         "machine": machine.describe(),
         "versions": versions() | {"lerobot_torch": str(torch)},
+        "groups": groups,
         "rows": rows,
     }
 

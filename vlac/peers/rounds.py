@@ -22,11 +22,15 @@ import numpy as np
 from vlac.artifact import open_artifact
 from vlac.errors import EngineError, VlacError
 from vlac.io import IO
+from vlac.machine import memory, read_text
 from vlac.peers.contenders import BASE, Contender
 from vlac.registry import Progress, silent
 
 Array = np.ndarray[Any, Any]
 CASES = ("cold", "camera", "state")
+HELD = 0.5
+"""Share of the machine's memory that processes may hold together once they are loaded: they grow with their first
+answers, and files that are mapped must stay in memory while others have their turns."""
 TASK = "pick up the red cube and place it in the box"
 
 
@@ -50,6 +54,11 @@ class Process:
         self._errors.seek(0)
         noise = self._errors.read().decode("utf-8", "replace").strip()
         raise EngineError(f"the process ended with {code}: {noise[-600:] or 'it said nothing'}")
+
+    def resident(self) -> int:
+        """Bytes of memory that it holds now; 0 where the system does not tell."""
+        status = read_text(f"/proc/{self._process.pid}/status").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:")), 0)
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -92,13 +101,19 @@ def command_of(c: Contender, threads: int) -> list[str]:
 
 @contextmanager
 def started(contenders: Sequence[Contender], threads: int, progress: Progress = silent) -> Iterator[list[Measured]]:
-    """A process for each; ours are started twice, first after their files were dropped from the page cache."""
+    """A process for each; ours are started twice, first after their files were dropped from the page cache.
+
+    The first two are started in any case, others until memory is held (HELD): fewer than were asked for may come back.
+    """
     from vlac.bench import drop_page_cache
 
     found: list[Measured] = []
     shared: dict[tuple[str, ...], Process] = {}
+    room = memory().get("total", 0) * HELD
     try:
         for i, c in enumerate(contenders):
+            if len(found) > 1 and room and sum(p.resident() for p in shared.values()) > room:
+                break
             progress(f"starting {c.name}", i, len(contenders))
             m = Measured(c)
             found.append(m)
