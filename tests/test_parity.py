@@ -348,8 +348,8 @@ def test_an_engine_that_is_wrong_in_one_stage_is_found_there(
     assert not r["ok"] and r["compiler"]["first_stage_over"] == stage
 
 
-def test_eight_bits_are_judged_by_what_one_rounding_weighs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit that the reference itself does not keep when its weights move by 2^-8 is widened to twice that; an
+def test_fixed_grids_are_judged_by_what_one_rounding_weighs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that the reference itself does not keep when its weights move by 2^-22 is widened to twice that; an
     engine that is wrong lies beyond it all the same, and a limit of the caller's stays."""
     from family_cases import CASES
 
@@ -422,3 +422,17 @@ def test_the_coarsest_format_of_weight_names_the_grade(artifact: Path) -> None:
     big = {"big": Param((4096, 4096), "q8_0"), "small": Param((8,), "q4_k"), "norm": Param((4096,), "f32")}
     assert grade_of(program) == "f32"
     assert grade_of(program.replace(params=big)) == "q8_0"
+
+
+def test_what_one_rounding_weighs_is_asked_at_the_engines_own_rounding(golden: Any) -> None:
+    from vlac.api import apply_passes, lower_for
+    from vlac.checkpoint import read_policy
+    from vlac.parity_compiler import _moved
+    from vlac.registry import targets
+
+    policy = read_policy(str(golden("smolvla_tiny").checkpoint))
+    plain, packed = (
+        lower_for(p, targets.get("onnx-fp32"), {})[0] for p in (policy, apply_passes(policy, ["quantize-kv"]))
+    )
+    assert _moved(plain, "f32") == 0 and _moved(plain, "q8_0") == 0
+    assert [_moved(packed, grade) for grade in ("f32", "bf16", "int8", "q8_0")] == [2**-22, 2**-10, 2**-8, 2**-8]
