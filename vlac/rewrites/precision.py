@@ -130,13 +130,14 @@ def pad_to_blocks(program: Program) -> Program:
         width = p.shape[-1] if p.shape else 1
         if width % block:
             padded[name] = -(-width // block) * block
-            _pad_weight(draft, name, padded[name])
+            pad_weight(draft, name, padded[name])
     for stage in draft.stages:
         _pad_stage(stage, padded, {n: program.params[n].shape for n in padded})
     return draft.build()
 
 
-def _pad_weight(draft: Draft, name: str, width: int) -> None:
+def pad_weight(draft: Draft, name: str, width: int) -> None:
+    """Columns of zeros, up to `width`."""
     p = draft.params[name]
     shape = (*p.shape[:-1], width)
 
