@@ -1,8 +1,9 @@
 """Targets openvino-int8 and openvino-bf16: the ONNX folder with what OpenVINO runs fastest, and nothing beside it.
 
 int8: weights as DequantizeLinear, which OpenVINO keeps as integers and multiplies with activations that it quantises in
-groups while running; all else in bf16 where the CPU has it. Needs no calibration. bf16: weights stored as they are
-used, half of onnx-fp32's file. Neither holds the graphs of ONNX Runtime's integer kernels; it runs them all the same.
+groups while running; all else in bf16 where the CPU has it and gains time by it. Needs no calibration. bf16: weights
+stored as they are used, half of onnx-fp32's file. Neither holds the graphs of ONNX Runtime's integer kernels; it runs
+them all the same.
 """
 
 from __future__ import annotations

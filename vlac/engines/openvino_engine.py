@@ -3,7 +3,8 @@
 Options: "precision" ("f32" or "bf16", of every stage), "device" (default "CPU"), "prepared" (False: as if
 `vlac prepare` had never been run).
 Default precision: f32; bf16 where the CPU has it in artifacts whose weights are rounded coarser than that (int8, int4:
-three times bf16's own error) or are bf16 themselves. What crosses between stages, and the flow state, is float32.
+three times bf16's own error) or are bf16 themselves, in stages with enough work to gain time by it. What crosses
+between stages, and the flow state, is float32.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from vlac.engines.prepared import Prepared
 from vlac.errors import EngineError
 from vlac.formats import FORMATS
 from vlac.graph import Program, Stage, infer_stage, symbols_in
+from vlac.layouts import INT4
+from vlac.work import stage_works
 
 DECLINES: Mapping[str, str] = {
     "time_embedding": "OpenVINO computes its float64 sinusoids in float32; lowering turns them into a table of steps",
@@ -38,6 +41,10 @@ LEAST_GROUP, LARGEST_GROUP = 128, 384
 """Of values that share a scale: smaller groups cost time (128: 9 % of SmolVLA's vision), larger ones accuracy."""
 FEW_ROWS = 9
 """Attention and MLPs over fewer rows than this are kept from OpenVINO's code generator: see `_snippets`."""
+SMALL, INTEGER_SHARE = 8_000_000, 1 / 16
+"""Multiply-accumulates of one run of a stage below which bf16 gains no time over f32 (Zen 4, two cores: bf16 took 1.03
+to 1.2 of f32's time with int8 weights up to 60 million; with bf16 weights at most 0.1 ms are lost). A product with
+integer weights is the same in both: only what is around it gains, so that it counts for a sixteenth."""
 _NATIVE_ERRORS = (RuntimeError, ValueError, TypeError, OSError)
 
 
@@ -119,7 +126,8 @@ class OpenVinoSession(EngineSession):
             return dict.fromkeys(stages, str(asked))
         fast = "BF16" in self._core.get_property(device, "OPTIMIZATION_CAPABILITIES")
         rounded = any(p.format == "bf16" for p in artifact.program.params.values()) or integer_formats(artifact)
-        return dict.fromkeys(stages, "bf16" if fast and rounded else "f32")
+        gain = _gains(artifact.program) if fast and rounded else {}
+        return {s: "bf16" if gain.get(s) or (s == SINGLE and any(gain.values())) else "f32" for s in stages}
 
     def _opened(self, stage: str, rows: int) -> _Opened:
         """The stage's model for chunks of so many rows; that of the whole chunk is kept, and the last of fewer rows."""
@@ -263,6 +271,15 @@ def _groups(program: Program, stage: str, device: str) -> dict[str, int]:
     sizes = range(most, max(min(LEAST_GROUP, most), 16) - 1, -16)
     best = max(sizes, key=lambda size: sum(v for k, v in work.items() if k % size == 0), default=0)
     return {"DYNAMIC_QUANTIZATION_GROUP_SIZE": best if work else 0}
+
+
+def _gains(program: Program) -> dict[str, bool]:
+    """Stage -> whether bf16 saves time there; see SMALL."""
+    found = {}
+    for stage in stage_works(program):
+        shares = (p.macs * (INTEGER_SHARE if p.format in ("int8", *INT4) else 1) for p in stage.pieces)
+        found[stage.name] = sum(shares) >= SMALL
+    return found
 
 
 def _snippets(program: Program, stage: str, device: str) -> dict[str, str]:
