@@ -28,6 +28,18 @@ def _median(m: Measured, case: str, key: str) -> float:
     return float(np.median([r[key] for r in m.replies[case]]))
 
 
+def _share(m: Measured, case: str, key: str) -> float:
+    """Median over the rounds of a case's time over the same round's cold chunk, its neighbour in time."""
+    pairs = zip(m.replies[case], m.replies["cold"], strict=True)
+    return round(float(np.median([a[key] / b[key] for a, b in pairs])), 3)
+
+
+def _stages(m: Measured, case: str) -> dict[str, float]:
+    """Median milliseconds of each stage."""
+    times = [r.get("stages_ms", {}) for r in m.replies[case]]
+    return {k: round(float(np.median([t.get(k, 0.0) for t in times])), 1) for k in times[0]}
+
+
 def row(m: Measured, base: Measured) -> dict[str, Any]:
     """Times, ratios, drift, sizes and memory of one contender; "failed" instead for one that left."""
     c = m.contender
@@ -40,12 +52,11 @@ def row(m: Measured, base: Measured) -> dict[str, Any]:
         if m.replies[case]:
             ratio = {k: round(_median(m, case, k) / _median(base, "cold", k), 4) for k in TIMES}
             times = {k: [round(r[k], 3) for r in m.replies[case]] for k in TIMES}
-            result[case] = {"ratio": ratio, **times, "stages_ms": m.replies[case][-1].get("stages_ms", {})}
+            result[case] = {"ratio": ratio, **times, "stages_ms": _stages(m, case)}
     if "state" in result:
-        cold = {k: _median(m, "cold", k) for k in TIMES}
         for key in TIMES:
             name = "of_cold" if key == "cpu_s" else "of_cold_wall"
-            result[name] = {k: round(_median(m, k, key) / cold[key], 3) for k in ("camera", "state") if k in result}
+            result[name] = {k: _share(m, k, key) for k in ("camera", "state") if k in result}
     result["relative_l2"] = max((d[0] for d in m.drift), default=0.0)
     result["max_abs"] = max((d[1] for d in m.drift), default=0.0)
     assert m.process is not None

@@ -1,7 +1,7 @@
 """Turns: one process for each contender stays, and all answer the same observation, one after the other.
 
-A machine that slows down slows everybody. Ours answer two more in every round: one in which only one of the cameras is
-new, and one in which only state and noise are.
+A machine that slows down slows everybody. Ours answer two more, right after the first, as a robot would ask: one
+in which only one of the cameras is new, and one in which only state and noise are.
 """
 
 from __future__ import annotations
@@ -160,15 +160,16 @@ def run(found: Sequence[Measured], rounds: int, io: IO, progress: Progress = sil
     with tempfile.TemporaryDirectory(prefix="vlac-peers-") as folder:
         for turn in range(-1, rounds):
             loads.append(os.getloadavg()[0])
-            base = observation(rng, io)
+            given = {"cold": observation(rng, io)}
+            for case in CASES[1:] if len(io.cameras) > 1 else ("state",):
+                given[case] = changed(list(given.values())[-1], observation(rng, io), case)
+            for case, values in given.items():
+                np.savez(Path(folder) / f"{case}.npz", **values)
             reference: Array | None = None
-            for case in CASES if len(io.cameras) > 1 else ("cold", "state"):
-                if case != "cold":
-                    base = changed(base, observation(rng, io), case)
-                np.savez(Path(folder) / "observation.npz", **base)
-                for m in found:
-                    if m.failed or m.process is None or (case != "cold" and m.contender.artifact is None):
-                        continue
+            for m in found:
+                for case in given if m.contender.artifact is not None else ("cold",):
+                    if m.failed or m.process is None:
+                        break
                     progress(f"round {turn + 1} of {rounds}: {m.contender.name} ({case})", turn + 1, rounds + 1)
                     reference = _turn(m, case, turn >= 0, Path(folder), reference)
     return loads[1:]
@@ -176,7 +177,7 @@ def run(found: Sequence[Measured], rounds: int, io: IO, progress: Progress = sil
 
 def _turn(m: Measured, case: str, counts: bool, folder: Path, reference: Array | None) -> Array | None:
     """One answer; returns what the others are compared with."""
-    npz, out, prepared = (folder / n for n in ("observation.npz", "chunk.npy", "prepared.npz"))
+    npz, out, prepared = (folder / n for n in (f"{case}.npz", "chunk.npy", "prepared.npz"))
     request: dict[str, Any] = {"npz": str(prepared if m.contender.prepared else npz), "out": str(out)}
     if m.contender.mode:
         request["mode"] = m.contender.mode
