@@ -67,8 +67,11 @@ def smolvla_cpu(report: dict[str, Any]) -> list[str]:
     what = (
         f"{report['what']}. `{report['command']}`; {m['cpu']} ({', '.join(m['features'])}), {m['cores']} cores; {used}."
     )
-    how = "Medians of wall time; one camera new, state new: shares of the same form's chunk with all of it new. Drift:"
-    how += f" relative L2 to LeRobot's chunk. Load averages of the rounds: {busy}."
+    how = "Medians of wall time; one camera new, state new: shares of the same form's chunk before it, all of it new."
+    how += f" Drift: relative L2 to LeRobot's chunk. Load averages of the rounds: {busy}."
+    for group in report.get("groups", [])[1:]:
+        wall = sorted(group["base"]["wall_s"])
+        how += f" From {group['rows'][1]} on ratios are to LeRobot beside these forms, {wall[len(wall) // 2]:.2f} s."
     return [*table(head, rows), "", what, how]
 
 

@@ -371,7 +371,7 @@ def test_fixed_grids_are_judged_by_what_one_rounding_weighs(tmp_path: Path, monk
 
     near = answered(1.01)
     assert near["compiler"]["ok"] and near["compiler"]["reference_spread"] == 1e-2
-    assert "the reference moves by rel L2 0.0100" in parity_text(near)
+    assert "the reference moves by rel L2 0.0100 when its weights move by 2^-22" in parity_text(near)
     assert not answered(1.05)["compiler"]["ok"]
     assert not answered(1.01, "compiler.rel_l2<=1e-3")["compiler"]["ok"]
     assert len(seen) == 6 and all(0 < s < 0.3 for s in seen)

@@ -89,7 +89,7 @@ def compiler(
     wider = metrics.parse_limit(f"compiler.rel_l2<={max(2 * spread, 1e-9):.3g}")
     if wider.value <= metrics.parse_limit(COMPILER_LIMITS[grade]).value:
         return report
-    return {**judged(artifact, mine, by, [wider], grade), "reference_spread": spread}
+    return {**judged(artifact, mine, by, [wider], grade), "reference_spread": spread, "weights_moved": by_much}
 
 
 def _moved(program: Program, grade: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,13 +68,12 @@ def _compiler_text(q: Report) -> list[str]:
 
 
 def _spread(q: Report) -> list[str]:
-    """Where the reference, on fixed grids, moves further than the usual limit."""
+    """Where the reference, on fixed grids or with packed keys, moves further than the usual limit."""
     if "reference_spread" not in q:
         return []
     far = number(q["reference_spread"])
-    return [
-        f"  fixed grids: no closer can be asked; the reference moves by rel L2 {far} when its weights move by 2^-22"
-    ]
+    by = f" by 2^{round(math.log2(q['weights_moved']))}" if "weights_moved" in q else ""  # older reports do not say
+    return [f"  no closer can be asked: the reference moves by rel L2 {far} when its weights move{by}"]
 
 
 _STAGE_COLUMNS = ("stage", "values", "worst value", "max|d|/max", "rel L2", "cosine", "")

@@ -43,8 +43,8 @@ FEW_ROWS = 9
 """Attention and MLPs over fewer rows than this are kept from OpenVINO's code generator: see `_snippets`."""
 SMALL, INTEGER_SHARE = 8_000_000, 1 / 16
 """Multiply-accumulates of one run of a stage below which bf16 gains no time over f32 (Zen 4, two cores: bf16 took 1.03
-to 1.2 of f32's time with int8 weights up to 60 million; with bf16 weights at most 0.1 ms are lost). A product with
-integer weights is the same in both: only what is around it gains, so that it counts for a sixteenth."""
+to 1.2 of f32's time with int8 weights up to 60 million; with bf16 weights at most 0.1 ms are lost; by hand). A product
+with integer weights is the same in both: only what is around it gains, so that it counts for a sixteenth."""
 _NATIVE_ERRORS = (RuntimeError, ValueError, TypeError, OSError)
 
 
