@@ -21,6 +21,7 @@ from vlac.dims import ROWS
 from vlac.engines.base import Engine, EngineSession, NpArray, Values
 from vlac.engines.onnx_files import SINGLE, default_threads, graph_files, integer_formats
 from vlac.engines.onnxruntime_engine import int8_kernels
+from vlac.engines.openvino_graphs import changing_inputs, set_shapes, split
 from vlac.engines.prepared import Prepared
 from vlac.errors import EngineError
 from vlac.formats import FORMATS
@@ -55,6 +56,8 @@ class _Opened:
     request: Any
     inputs: Mapping[str, int]
     given: dict[str, NpArray] = field(default_factory=dict)
+    before: _Opened | None = None
+    """What runs first, when its own inputs change; this model's last inputs are its outputs."""
 
 
 class OpenVinoSession(EngineSession):
@@ -73,7 +76,7 @@ class OpenVinoSession(EngineSession):
         # where products of codes saturate, activations that the program rounds on fixed scales stay float
         exact = device != "CPU" or int8_kernels() == "integer"
         files = graph_files(artifact, self.engine, "portable" if exact else "unrounded")
-        self._core, self._tensor, self._partial = openvino.Core(), openvino.Tensor, openvino.PartialShape
+        self._core, self._tensor = openvino.Core(), openvino.Tensor
         self._path = artifact.path
         self._single = self.one_graph = bool(artifact.manifest.get("single_file"))
         if device.split(".")[0] not in {d.split(".")[0] for d in self._core.available_devices}:
@@ -138,39 +141,47 @@ class OpenVinoSession(EngineSession):
             self._open_now[key] = self._open(stage, rows)
         return self._open_now[key]
 
-    def _compile(self, stage: str, rows: int, properties: Mapping[str, Any]) -> Any:
-        path = str(self._files[stage])
-        if stage not in self._by_rows:
-            return self._core.compile_model(path, self._device, dict(properties))
+    def _compile(self, stage: str, rows: int, properties: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The compiled model of a stage, and of what runs before it if anything does (see openvino_graphs.split)."""
+        path, changing = str(self._files[stage]), None if self._single else changing_inputs(self._program, stage)
+        if self._device != "CPU":
+            changing = None
+        if stage not in self._by_rows and changing is None:
+            return self._core.compile_model(path, self._device, dict(properties)), None
         model = self._core.read_model(path)
-        ports = {name: port for port in model.inputs for name in port.get_names()}
-        inputs = self._program.bind({ROWS: rows}).stage(stage).inputs
-        free = {n: [d if isinstance(d, int) else -1 for d in t.shape] for n, t in inputs if n in ports}
-        model.reshape({ports[n]: self._partial(shape) for n, shape in free.items()})
-        return self._core.compile_model(model, self._device, dict(properties))
+        if stage in self._by_rows:
+            types = self._program.bind({ROWS: rows}).stage(stage).inputs
+            set_shapes(model, {n: [d if isinstance(d, int) else None for d in t.shape] for n, t in types})
+        parts = split(model, changing, properties["INFERENCE_PRECISION_HINT"]) if changing is not None else None
+        if parts is None:
+            return self._core.compile_model(model, self._device, dict(properties)), None
+        own = {k: v for k, v in properties.items() if not k.startswith("CACHE_")}
+        before = self._core.compile_model(parts.before, self._device, own)
+        return self._core.compile_model(parts.stage, self._device, dict(properties)), before
 
     def _open(self, stage: str, rows: int) -> _Opened:
         path = self._files[stage]
         try:
-            compiled = self._compile(stage, rows, self._properties[stage])
-            request = compiled.create_infer_request()
+            made = [m and (m, m.create_infer_request()) for m in self._compile(stage, rows, self._properties[stage])]
         except _NATIVE_ERRORS as error:
             raise EngineError(
                 f"openvino cannot load {path}: {str(error)[:500]}",
                 remedy="compile again; the files need openvino 2025.4 or later",
             ) from None
         # a port may carry several names, and keeps its place: inputs are found by name, outputs by position
-        ports = {name: i for i, port in enumerate(compiled.inputs) for name in port.get_names()}
+        ports = [{n: i for i, port in enumerate(m[0].inputs) for n in port.get_names()} if m else {} for m in made]
         if self._single:
-            wanted = [next(iter(p.get_names())) for p in compiled.inputs]
+            wanted = [next(iter(p.get_names())) for p in made[0][0].inputs]
         else:
             wanted = [name for name, _ in self._program.stage(stage).inputs]
-        lost = [n for n in wanted if n not in ports]
-        if lost or len(compiled.outputs) != len(self._outputs[stage]):
+        lost = [n for n in wanted if not any(n in p for p in ports)]
+        if lost or len(made[0][0].outputs) != len(self._outputs[stage]):
             raise EngineError(
                 f"{path}: its ports are not those of stage {stage} (missing {lost})", remedy="compile again"
             )
-        return _Opened(request, {n: ports[n] for n in wanted})
+        opened = [_Opened(m[1], {n: p[n] for n in wanted if n in p}) for m, p in zip(made, ports, strict=True) if m]
+        opened[0].before = opened[1] if made[1] else None
+        return opened[0]
 
     def run(self, stage: str, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:
         if self._single or stage not in self._files:
@@ -186,20 +197,33 @@ class OpenVinoSession(EngineSession):
 
     def _run(self, stage: str, inputs: Values, rows: int) -> dict[str, NpArray]:
         opened = self._opened(stage, rows)
-        request = opened.request
+        request, before = opened.request, opened.before
         try:
-            for name, i in opened.inputs.items():
-                value = np.require(inputs[name], requirements=("C", "W"))
-                # what a loop reads in every turn (keys and values, above all) is handed over once
-                if opened.given.get(name) is not value:
-                    opened.given[name] = value
-                    request.set_input_tensor(i, self._tensor(value, shared_memory=True))
+            if before and self._hand_over(before, inputs):
+                before.request.infer()
+                made = before.request.output_tensors
+                for i, tensor in enumerate(made, len(request.input_tensors) - len(made)):
+                    request.set_input_tensor(i, tensor)
+                if self.profiling:
+                    self._note(stage, before.request.profiling_info)
+            self._hand_over(opened, inputs)
             request.infer()
         except _NATIVE_ERRORS as error:
             raise EngineError(f"openvino failed in stage {stage} of {self._path}: {error}") from None
         if self.profiling:
             self._note(stage, request.profiling_info)
         return {name: request.get_output_tensor(i).data.copy() for i, name in enumerate(self._outputs[stage])}
+
+    def _hand_over(self, opened: _Opened, inputs: Values) -> bool:
+        """Gives a model what it reads; whether anything is another array than last time."""
+        changed = False
+        for name, i in opened.inputs.items():
+            value = np.require(inputs[name], requirements=("C", "W"))
+            # what a loop reads in every turn (keys and values, above all) is handed over once
+            if opened.given.get(name) is not value:
+                opened.given[name], changed = value, True
+                opened.request.set_input_tensor(i, self._tensor(value, shared_memory=True))
+        return changed
 
     def _note(self, stage: str, nodes: Any) -> None:
         times = self._op_ms.setdefault(stage, {})
