@@ -40,6 +40,7 @@ observations, checked and smoothed."""
 
 OURS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
     "onnx-fp32": ("onnx-fp32", "onnxruntime", {}),
+    "onnx-fp32-openvino": ("onnx-fp32", "openvino", {}),
     "onnx-int8": ("onnx-int8", "onnxruntime", {}),
     "onnx-int8-fixed": ("onnx-int8-fixed", "onnxruntime", {}),
     "openvino-int8": ("openvino-int8", "openvino", {}),

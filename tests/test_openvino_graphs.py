@@ -13,7 +13,7 @@ import vlac
 from vlac.artifact import Artifact, open_artifact
 from vlac.engines import openvino_engine
 from vlac.engines.base import get_engine
-from vlac.engines.openvino_graphs import changing_inputs, set_shapes, split
+from vlac.engines.openvino_graphs import changing_inputs, keep_bf16, set_shapes, split
 from vlac.goldens import synthetic
 from vlac.runtime.inputs import prepared
 from vlac.runtime.session import execute
@@ -89,6 +89,42 @@ def test_moves_made_once_leave_the_bits(family: str, precision: str, tmp_path: P
     for chunk, whole in zip(chunks, _chunks(artifact, precision), strict=True):
         assert np.array_equal(chunk, whole)
     assert np.array_equal(chunks[0], chunks[2]) and not np.array_equal(chunks[0], chunks[1])
+
+
+def test_bfloat16_weights_are_not_held_in_float32_too() -> None:
+    """A bias or GELU behind a product keeps it as it was: these are part of its kernel."""
+    from openvino import Model, Tensor, Type, op, opset13
+
+    rng = np.random.default_rng(0)
+
+    def weight(*shape: int) -> Any:
+        bits = rng.standard_normal(shape, np.float32).view(np.uint32) >> 16
+        tensor = Tensor(Type.bf16, list(shape))
+        tensor.data.view(np.uint16)[:] = bits
+        return opset13.convert(op.Constant(tensor), "f32")
+
+    def held(model: Any) -> list[str]:
+        products = (n for n in model.get_ordered_ops() if n.get_type_name() == "MatMul")
+        return [p.input_value(1).get_element_type().to_string() for p in products]
+
+    x = opset13.parameter([8, 64], np.float32)
+    plain = opset13.matmul(x, weight(64, 96), False, False)
+    turned = opset13.matmul(opset13.tanh(plain), weight(64, 96), False, True)
+    biased = opset13.add(
+        opset13.matmul(turned, weight(64, 32), False, False), opset13.constant(np.ones(32, np.float32))
+    )
+    gelu = opset13.gelu(opset13.matmul(biased, weight(32, 32), False, False), "tanh")
+    scores = opset13.matmul(gelu, biased, False, True)
+    model = Model([opset13.result(scores)], [x], "toy")
+    ask = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": 1}
+    given = rng.standard_normal((8, 64), np.float32)
+    whole = openvino.Core().compile_model(model.clone(), "CPU", ask)(given)[0]
+    assert held(model) == ["f32"] * 5
+    assert keep_bf16(model) == 2
+    assert sorted(held(model)) == ["bf16", "bf16", "f32", "f32", "f32"]
+    assert keep_bf16(model) == 0
+    kept = openvino.Core().compile_model(model, "CPU", ask)(given)[0]
+    assert np.linalg.norm(kept - whole) <= 2e-2 * np.linalg.norm(whole)
 
 
 def test_only_what_a_loop_leaves_alone_is_taken() -> None:

@@ -21,7 +21,7 @@ from vlac.dims import ROWS
 from vlac.engines.base import Engine, EngineSession, NpArray, Values
 from vlac.engines.onnx_files import SINGLE, default_threads, graph_files, integer_formats
 from vlac.engines.onnxruntime_engine import int8_kernels
-from vlac.engines.openvino_graphs import changing_inputs, set_shapes, split
+from vlac.engines.openvino_graphs import changing_inputs, keep_bf16, set_shapes, split
 from vlac.engines.prepared import Prepared
 from vlac.errors import EngineError
 from vlac.formats import FORMATS
@@ -143,16 +143,19 @@ class OpenVinoSession(EngineSession):
 
     def _compile(self, stage: str, rows: int, properties: Mapping[str, Any]) -> tuple[Any, Any]:
         """The compiled model of a stage, and of what runs before it if anything does (see openvino_graphs.split)."""
-        path, changing = str(self._files[stage]), None if self._single else changing_inputs(self._program, stage)
-        if self._device != "CPU":
-            changing = None
-        if stage not in self._by_rows and changing is None:
+        path, precision = str(self._files[stage]), properties["INFERENCE_PRECISION_HINT"]
+        here = self._device == "CPU" and not self._single
+        changing = changing_inputs(self._program, stage) if here else None
+        once = here and changing is None and precision == "bf16"
+        if stage not in self._by_rows and changing is None and not once:
             return self._core.compile_model(path, self._device, dict(properties)), None
         model = self._core.read_model(path)
         if stage in self._by_rows:
             types = self._program.bind({ROWS: rows}).stage(stage).inputs
             set_shapes(model, {n: [d if isinstance(d, int) else None for d in t.shape] for n, t in types})
-        parts = split(model, changing, properties["INFERENCE_PRECISION_HINT"]) if changing is not None else None
+        if once:  # in a loop the conversions around these products would take 2 % of its time
+            keep_bf16(model)
+        parts = split(model, changing, precision) if changing is not None else None
         if parts is None:
             return self._core.compile_model(model, self._device, dict(properties)), None
         own = {k: v for k, v in properties.items() if not k.startswith("CACHE_")}
@@ -209,6 +212,8 @@ class OpenVinoSession(EngineSession):
             self._hand_over(opened, inputs)
             request.infer()
         except _NATIVE_ERRORS as error:
+            for handed in [o.given for o in (opened, before) if o]:
+                handed.clear()  # to be handed over again
             raise EngineError(f"openvino failed in stage {stage} of {self._path}: {error}") from None
         if self.profiling:
             self._note(stage, request.profiling_info)

@@ -48,6 +48,41 @@ def set_shapes(model: Any, shapes: Mapping[str, Sequence[int | None]]) -> None:
     model.validate_nodes_and_infer_types()
 
 
+def keep_bf16(model: Any) -> int:
+    """Lets products read bfloat16 weights as they are; how many do. For models computed in bf16 on CPUs that have it.
+
+    OpenVINO 2026.4 otherwise makes float32 of them, and keeps that beside the bfloat16 that it packs: three times the
+    memory. Products that a bias or GELU follows stay: these are one kernel with it only while all of it is float32.
+    """
+    from openvino import Type, opset13
+
+    kept = 0
+    for product in [n for n in model.get_ordered_ops() if n.get_type_name() == "MatMul"]:
+        wide = product.input_value(1).get_node()
+        if wide.get_type_name() != "Convert" or wide.input_value(0).get_element_type() != Type.bf16:
+            continue
+        if wide.input_value(0).get_node().get_type_name() != "Constant" or _ends_in_kernel(product):
+            continue
+        how = product.get_attributes()
+        narrow = opset13.convert(product.input_value(0), "bf16")
+        made = opset13.matmul(narrow, wide.input_value(0), how["transpose_a"], how["transpose_b"])
+        result = opset13.convert(made, "f32", name=product.get_friendly_name())
+        for reader in list(product.output(0).get_target_inputs()):
+            reader.replace_source_output(result.output(0))
+        kept += 1
+    return kept
+
+
+def _ends_in_kernel(product: Any) -> bool:
+    """Whether OpenVINO computes what follows a product in the product's kernel: a bias, or GELU."""
+    for reader in product.output(0).get_target_inputs():
+        node = reader.get_node()
+        constants = [i for i in node.input_values() if i.get_node().get_type_name() == "Constant"]
+        if node.get_type_name() == "Gelu" or (node.get_type_name() == "Add" and constants):
+            return True
+    return False
+
+
 def split(model: Any, changing: Collection[str], precision: str) -> Split | None:
     """Takes the moves between unchanging float32 inputs and products out of a loop's model; None: there are none.
 
