@@ -78,58 +78,30 @@ def compiler(
         return None
     by = judge(artifact, name, given, threads, progress, mine.tokens)
     report = judged(artifact, mine, by, wanted, grade)
-    if report["ok"] or any(x.question == "compiler" for x in wanted) or not (sizes := _moved(artifact.program, grade)):
+    if (
+        report["ok"]
+        or any(x.question == "compiler" for x in wanted)
+        or not (by_much := _moved(artifact.program, grade))
+    ):
         return report
-    moved = [judge(artifact, name, given, threads, progress, mine.tokens, (seed, sizes)) for seed in (1, 2, 3)]
+    moved = [judge(artifact, name, given, threads, progress, mine.tokens, (seed, by_much)) for seed in (1, 2, 3)]
     spread = max(_apart(artifact.program, m.answers, by.answers) for m in moved)
     wider = metrics.parse_limit(f"compiler.rel_l2<={max(2 * spread, 1e-9):.3g}")
     if wider.value <= metrics.parse_limit(COMPILER_LIMITS[grade]).value:
         return report
-    most = max(sizes.values())
-    return {**judged(artifact, mine, by, [wider], grade), "reference_spread": spread, "weights_moved": most}
+    return {**judged(artifact, mine, by, [wider], grade), "reference_spread": spread, "weights_moved": by_much}
 
 
-def _moved(program: Program, grade: str) -> dict[str, float]:
-    """Weight -> by how much it is moved, relative, to see what one rounding weighs; {} where no limit needs the excuse.
+def _moved(program: Program, grade: str) -> float:
+    """By how much weights are moved, relative, to see what one rounding weighs; 0 where the limit needs no such excuse.
 
     Where the program rounds on fixed grids, kernels find codes ready: one part in 2^22, as much as float32 sums in
-    another order differ. Only what attention reads that the program rounds to float16 moves by one of these roundings:
-    inside, a kernel may round to float16 as well, and grids lie behind it. Packed keys and values are codes of what the
-    kernels made: as much as those round.
+    another order differ. Packed keys and values are codes of what the kernels made: as much as those round.
     """
     ops = {n.op if n.op != "round_int8" else str(n.attr["form"]) for s in program.stages for n in s.nodes}
     if "pack_codes" in ops:
-        return dict.fromkeys(program.params, ROUNDINGS.get(grade, 2.0**-8))
-    if ops.isdisjoint(("tensor", "round_fp8")):
-        return {}
-    return dict.fromkeys(program.params, ROUNDINGS["f32"]) | dict.fromkeys(_attended_in_f16(program), ROUNDINGS["f16"])
-
-
-def _attended_in_f16(program: Program) -> set[str]:
-    """The weights of the linears that make queries, keys and values which are rounded to float16 for attention."""
-    made = {(s.name, n.name): n for s in program.stages for n in s.nodes}
-    source = {out: s.name for s in program.stages for out in s.outputs}
-    found: set[str] = set()
-    seen: set[tuple[str, str]] = set()
-    ahead = [
-        (stage, i)
-        for (stage, _), n in made.items()
-        if n.op == "attention" and (stage, n.inputs[0]) in made and made[stage, n.inputs[0]].op == "round_f16"
-        for i in n.inputs[:3]
-    ]
-    while ahead:
-        stage, value = ahead.pop()
-        if (stage, value) in seen:
-            continue
-        seen.add((stage, value))
-        node = made.get((stage, value))
-        if node is None:
-            ahead += [(source[value], value)] if value in source and source[value] != stage else []
-        elif node.op == "linear":
-            found |= {i[1:] for i in node.inputs[1:] if i.startswith("@")}
-        elif node.op != "attention":
-            ahead += [(stage, i) for i in node.inputs]
-    return found
+        return ROUNDINGS.get(grade, 2.0**-8)
+    return 0.0 if ops.isdisjoint(("tensor", "round_fp8")) else ROUNDINGS["f32"]
 
 
 def _apart(program: Program, a: Answers, b: Answers) -> float:
@@ -147,10 +119,10 @@ def judge(
     threads: int | None,
     progress: Progress,
     follow: Sequence[NpArray | None] = (),
-    moved: tuple[int, Mapping[str, float]] | None = None,
+    moved: tuple[int, float] | None = None,
 ) -> Judge:
     """The answers of a reference engine; follow: ids that it takes instead of its own (see `execute`). moved: seed and
-    sizes, relative, of a change of weights (see `_moved`)."""
+    size, relative, of a change of every weight (see `_moved`)."""
     session = _judge_session(artifact, name, threads, moved)
     try:
         what = f"{name} engine, same weights"
@@ -210,15 +182,15 @@ def judge_engine(artifact: Artifact, engine: str) -> tuple[str, str]:
 
 
 def _judge_session(
-    artifact: Artifact, name: str, threads: int | None, moved: tuple[int, Mapping[str, float]] | None = None
+    artifact: Artifact, name: str, threads: int | None, moved: tuple[int, float] | None = None
 ) -> EngineSession:
     def weight(param: str) -> NpArray:
         w = artifact.tensors[param].decode()
         if moved is None:
             return w
-        seed, sizes = moved
+        seed, size = moved
         signs = np.random.default_rng([seed, *param.encode()]).choice(np.array([-1, 1], np.float32), w.shape)
-        return np.asarray(w * (1 + signs * np.float32(sizes[param])), np.float32)
+        return np.asarray(w * (1 + signs * np.float32(size)), np.float32)
 
     if name == "numpy":
         from vlac.engines.numpy_engine import NumpySession
