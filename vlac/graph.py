@@ -104,6 +104,11 @@ class Repeat:
     until: str = ""
     stop: tuple[int, ...] = ()
 
+    @property
+    def own_inputs(self) -> set[str]:
+        """Inputs of the stage that the loop itself provides: they differ from turn to turn."""
+        return {self.index, *(into for _, into, _ in self.carry)}
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -165,26 +165,26 @@ class OpenVinoSession(EngineSession):
     def _open(self, stage: str, rows: int) -> _Opened:
         path = self._files[stage]
         try:
-            made = [m and (m, m.create_infer_request()) for m in self._compile(stage, rows, self._properties[stage])]
+            compiled, before = self._compile(stage, rows, self._properties[stage])
+            request, first = compiled.create_infer_request(), before.create_infer_request() if before else None
         except _NATIVE_ERRORS as error:
             raise EngineError(
                 f"openvino cannot load {path}: {str(error)[:500]}",
                 remedy="compile again; the files need openvino 2025.4 or later",
             ) from None
         # a port may carry several names, and keeps its place: inputs are found by name, outputs by position
-        ports = [{n: i for i, port in enumerate(m[0].inputs) for n in port.get_names()} if m else {} for m in made]
+        ports, ports_before = _ports(compiled), _ports(before) if before else {}
         if self._single:
-            wanted = [next(iter(p.get_names())) for p in made[0][0].inputs]
+            wanted = [next(iter(p.get_names())) for p in compiled.inputs]
         else:
             wanted = [name for name, _ in self._program.stage(stage).inputs]
-        lost = [n for n in wanted if not any(n in p for p in ports)]
-        if lost or len(made[0][0].outputs) != len(self._outputs[stage]):
+        lost = [n for n in wanted if n not in ports and n not in ports_before]
+        if lost or len(compiled.outputs) != len(self._outputs[stage]):
             raise EngineError(
                 f"{path}: its ports are not those of stage {stage} (missing {lost})", remedy="compile again"
             )
-        opened = [_Opened(m[1], {n: p[n] for n in wanted if n in p}) for m, p in zip(made, ports, strict=True) if m]
-        opened[0].before = opened[1] if made[1] else None
-        return opened[0]
+        earlier = _Opened(first, {n: ports_before[n] for n in wanted if n in ports_before}) if first else None
+        return _Opened(request, {n: ports[n] for n in wanted if n in ports}, before=earlier)
 
     def run(self, stage: str, inputs: Values, symbols: Mapping[str, int]) -> dict[str, NpArray]:
         if self._single or stage not in self._files:
@@ -240,6 +240,11 @@ class OpenVinoSession(EngineSession):
 
     def close(self) -> None:
         self._open_now.clear()
+
+
+def _ports(compiled: Any) -> dict[str, int]:
+    """Position of each input by every name that it has."""
+    return {name: i for i, port in enumerate(compiled.inputs) for name in port.get_names()}
 
 
 def _reads_rows(stage: Stage) -> bool:

@@ -30,7 +30,7 @@ def changing_inputs(program: Program, stage: str) -> set[str] | None:
     """The inputs of a stage that differ between turns of its loop; None: no loop runs it."""
     for step in program.schedule.steps:
         if isinstance(step, Repeat) and step.stage == stage:
-            return {step.index, *(into for _, into, _ in step.carry)}
+            return step.own_inputs
     return None
 
 
@@ -125,8 +125,7 @@ def split(model: Any, changing: Collection[str], precision: str) -> Split | None
     if not taken:
         return None
     results = [opset13.convert(output, "bf16") if rounded else output for output, _ in taken.values()]
-    before = Model([opset13.result(r) for r in results], parameters, "before")
-    before = _without_unread(before)
+    before = _without_unread(Model([opset13.result(r) for r in results], parameters, "before"))
     stage = _without_unread(Model(model.get_results(), [*parameters, *(p for _, p in taken.values())], "stage"))
     return Split(before, stage)
 
@@ -166,6 +165,7 @@ def _moved_parts(output: Any, unchanging: Any) -> Any:
 
 
 def _without_unread(model: Any) -> Any:
+    """The model, without the inputs that nothing in it reads."""
     read = {i.get_source_output().get_node().get_name() for op in model.get_ordered_ops() for i in op.inputs()}
     for parameter in model.get_parameters():
         if parameter.get_name() not in read:

@@ -80,7 +80,7 @@ def prune(program: Program) -> Program:
 
 def _bound(step: Call | Repeat) -> set[str]:
     """Inputs that the step itself provides."""
-    return {step.index, *(into for _, into, _ in step.carry)} if isinstance(step, Repeat) else set()
+    return step.own_inputs if isinstance(step, Repeat) else set()
 
 
 def _live(stage: StageDraft, step: Call | Repeat, wanted: set[str]) -> tuple[list[str], list[Node]]:

@@ -69,7 +69,7 @@ def runtime_types(program: Program) -> dict[str, Type]:
         types = dict(program.stage(step.stage).inputs)
         bound: set[str] = set()
         if isinstance(step, Repeat):
-            bound = {step.index, *(into for _, into, _ in step.carry)}
+            bound = step.own_inputs
             result.update({start: types[into] for _, into, start in step.carry if start in RUNTIME_INPUTS})
         result.update({n: t for n, t in types.items() if n in RUNTIME_INPUTS and n not in bound})
     return result

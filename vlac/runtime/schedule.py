@@ -115,7 +115,7 @@ def per_token(program: Program, stats: Mapping[str, float], tokens: NpArray | No
 
 def _held(program: Program, step: Repeat, values: Mapping[str, NpArray]) -> int:
     """Bytes of the results of earlier stages that a loop reads in every turn."""
-    own = {step.index, *(into for _, into, _ in step.carry), *RUNTIME_INPUTS}
+    own = {*step.own_inputs, *RUNTIME_INPUTS}
     return sum(values[name].nbytes for name, _ in program.stage(step.stage).inputs if name not in own)
 
 
