@@ -1,11 +1,12 @@
 """What a policy need not compute again, at the published size: its share of a cold chunk, and whether it is the same.
 
-python benchmarks/reuse.py ARTIFACT[:ENGINE] ... [--rounds 7] [--threads 2] [--out FILE.json]
+python benchmarks/reuse.py ARTIFACT[:ENGINE] ... [--rounds 15] [--threads 2] [--out FILE.json]
 
-In every round each artifact answers one observation cold, then with one camera new, then with only state and noise new,
-then the first observation again for 10 actions only (cold). The last three are compared with a cold answer to the same
-inputs: max_abs is 0 where bits are equal. Medians of wall and CPU time over those of the cold chunk, on one process;
-wall time wants a quiet machine, CPU time --threads 1.
+In every round an artifact answers one observation cold, then with one camera new, then with only state and noise new,
+then the first observation again for 10 actions only (cold). In the first rounds the last three are compared with cold
+answers to the same inputs: max_abs is 0 where bits are equal. A share is the median over the rounds of a case's time
+over the same round's cold chunk, its neighbour in time, with the quartiles beside it: other work on the machine moves
+single rounds by a tenth. Wall time wants a quiet machine, CPU time --threads 1.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from vlac.goldens import synthetic
 from vlac.runtime.session import Session, load
 
 ACTIONS = 10
+CHECKED = 3
+"""Rounds, the one that warms up among them, whose answers are compared."""
 BARS = {"camera": 0.65, "state": 0.25, "actions": 0.9}
 
 
@@ -60,27 +63,39 @@ def one(path: str, engine: str | None, rounds: int, threads: int | None) -> dict
                 chunk, *took = timed(policy, given, **how)
                 if i:  # the first round warms up
                     times.setdefault(case, []).append((took[0], took[1]))
-                if case in apart:
+                if case in apart and i < CHECKED:
                     whole = np.asarray(policy.act(**given, units="normalized", reuse=False))[: len(chunk)]
                     apart[case] = max(apart[case], float(np.abs(chunk - whole).max()))
                     if case != "actions":  # what is reused next is this case's
                         policy.act(**given, units="normalized")
         info = {"engine": policy.hparams.engine, "target": policy.hparams.target}
-    middle = {k: [statistics.median(t[i] for t in v) for i in (0, 1)] for k, v in times.items()}
-    wall, cpu = middle["cold"]
-    rows = {
-        k: {"wall": middle[k][0] / wall, "cpu": middle[k][1] / cpu, "max_abs": apart[k], "bar": BARS[k]} for k in BARS
+    shares = {
+        k: [[case[j] / cold[j] for case, cold in zip(times[k], times["cold"], strict=True)] for j in (0, 1)]
+        for k in BARS
     }
+    rows = {
+        k: {
+            "wall": statistics.median(wall),
+            "wall_quartiles": statistics.quantiles(wall, n=4)[::2],
+            "cpu": statistics.median(cpu),
+            "max_abs": apart[k],
+            "bar": BARS[k],
+        }
+        for k, (wall, cpu) in shares.items()
+    }
+    wall, cpu = (statistics.median(t[j] for t in times["cold"]) for j in (0, 1))
     return {**info, "artifact": Path(path).name, "cold_s": {"wall": wall, "cpu": cpu}, "of_cold": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifacts", nargs="+", metavar="ARTIFACT[:ENGINE]")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("quartiles want two rounds or more")
     warnings.simplefilter("ignore")
     rows = []
     for given in args.artifacts:

@@ -20,7 +20,7 @@ from vlac.ops import Type
 from vlac.targets._onnx_graph import MICROSOFT
 
 if TYPE_CHECKING:
-    from vlac.targets._onnx_ops import StageEmitter
+    from vlac.targets._onnx_emitter import StageEmitter
 
 LEAST_ROWS = 256
 """Queries and keys from which it pays: integers, quantising included; in floats, scores that leave the cache."""

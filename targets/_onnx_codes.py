@@ -16,7 +16,7 @@ from vlac import kv_codes
 from vlac.artifact import NpArray
 from vlac.graph import Node
 from vlac.rotations import rotation
-from vlac.targets._onnx_ops import StageEmitter, _emits
+from vlac.targets._onnx_emitter import StageEmitter, emits
 
 NpConst = Union[NpArray, np.generic]
 
@@ -101,7 +101,7 @@ def _powers(width: int) -> NpArray:
     return (1 << (width * np.arange(32 // width, dtype=np.int64))).astype(np.int32)
 
 
-@_emits("column_mean")
+@emits("column_mean")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     d, x = _Draw(e, out), e(n.inputs[0])
     rows = e.shape(n.inputs[0])[0]
@@ -118,7 +118,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     )
 
 
-@_emits("pack_codes")
+@emits("pack_codes")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     d, a = _Draw(e, out), n.attr
     (rows, width), size, bits, form = e.shape(n.inputs[0]), a["head_dim"], a["bits"], a["form"]
@@ -170,7 +170,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     e.reshape(d("Concat", *words, axis=-1), out, rows, heads * kv_codes.words(bits, size, form))
 
 
-@_emits("unpack_codes")
+@emits("unpack_codes")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     d, a = _Draw(e, out), n.attr
     size, bits, form = a["head_dim"], a["bits"], a["form"]

@@ -1,4 +1,4 @@
-"""Every op of the program table as ONNX nodes: one function per op, plus `StageEmitter` that walks a stage.
+"""Every op of the program table as ONNX nodes: one function per op, for `StageEmitter` (_onnx_emitter.py).
 
 Standard ops throughout. Linears with int8 weights have two forms over the same bytes: "integer" quantises activations
 per row and multiplies integers (com.microsoft MatMulIntegerToFloat: the fast way in ONNX Runtime), "portable" says
@@ -11,230 +11,31 @@ float where the program fixes their scales: for engines that would take them for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
 from vlac.artifact import NpArray
-from vlac.dims import Affine, Dim
 from vlac.errors import Unsupported
 from vlac.float8 import LARGEST
 from vlac.formats import FORMATS
-from vlac.graph import Node, Program, Stage, infer_stage
+from vlac.graph import Node
 from vlac.layouts import INT4
-from vlac.ops import DTYPES, OPS, Type
+from vlac.ops import DTYPES, OPS
 from vlac.targets._onnx_attention import LONG_ATTENTION, long_attention
-from vlac.targets._onnx_extents import emit_dim, is_static
-from vlac.targets._onnx_graph import MICROSOFT, Graph, Weight, onnx_type
+from vlac.targets._onnx_emitter import StageEmitter, emits, ints
+from vlac.targets._onnx_extents import is_static
+from vlac.targets._onnx_graph import MICROSOFT, Weight, onnx_type
 from vlac.targets._onnx_parts import emit_part, parted
-from vlac.targets._onnx_ranges import Range
 
 MASKED = -1e30
 """Added to the score of a masked key: finite, so that a row with no key gives the mean of the values, not NaN."""
-FOLD_BYTES = 1 << 20
 MAX_POSITIONS = 1 << 16
-
-_ONNX_DTYPE = {"f32": "FLOAT", "i32": "INT32", "bool": "BOOL"}
-
-Emit = Callable[["StageEmitter", Node, str], object]
-EMITTERS: dict[str, Emit] = {}
-
-
-def emits_into(table: dict[str, Emit]) -> Callable[..., Callable[[Emit], Emit]]:
-    """A decorator that puts a function into the table under the names of the ops that it writes."""
-
-    def emits(*ops: str) -> Callable[[Emit], Emit]:
-        def register(fn: Emit) -> Emit:
-            table.update(dict.fromkeys(ops, fn))
-            return fn
-
-        return register
-
-    return emits
-
-
-_emits = emits_into(EMITTERS)
-
-
-class StageEmitter:
-    """Writes the nodes of one stage into a graph.
-
-    Args:
-        graph: where nodes go.
-        program: what symbols it has left become free dimensions of the graph.
-        ranges: of the stage's integer values (vlac.targets._onnx_ranges).
-        form: "portable", "fused", "integer", "linears" or "unrounded", see above.
-        given: names in the graph of the stage's inputs; prefix: before every name this emitter makes.
-    """
-
-    emitters: Mapping[str, Emit] = EMITTERS
-
-    def __init__(
-        self,
-        graph: Graph,
-        program: Program,
-        stage: Stage,
-        ranges: Mapping[str, Range],
-        form: str,
-        given: Mapping[str, str],
-        prefix: str = "",
-    ) -> None:
-        self.graph = graph
-        self.program = program
-        self.stage = stage
-        self.ranges = ranges
-        self.form = form
-        self.types = infer_stage(stage, program.params)
-        self._nodes = {n.name: n for n in stage.nodes}
-        self.constants: dict[str, NpArray] = {}
-        self.cache: dict[tuple[Any, ...], Any] = {}
-        self._names = dict(given)
-        self._prefix = prefix
-
-    def emit(self) -> dict[str, str]:
-        """All nodes; returns the name in the graph of every output of the stage."""
-        for node in self.stage.nodes:
-            if not self._fold(node) and not self._absorbed(node) and parted(self, node.name) is None:
-                if node.op not in self.emitters:
-                    raise Unsupported(
-                        f"stage {self.stage.name}: {node.name} = {node.op} has no ONNX form", remedy="use a gguf target"
-                    )
-                self.write(node)
-        for name in self.stage.outputs:
-            if name in self.constants:
-                out = self.graph.unique(self._prefix + name)
-                self._names[name] = self.graph.node("Identity", [self.graph.const(self.constants[name])], out)
-        return {name: self._names[name] for name in self.stage.outputs}
-
-    def write(self, node: Node) -> None:
-        """One node, under its own name."""
-        out = self.graph.unique(self._prefix + node.name)
-        self.emitters[node.op](self, node, out)
-        self._names[node.name] = out
-
-    def _fold(self, node: Node) -> bool:
-        """Index arithmetic that depends on nothing is evaluated here."""
-        op, out = OPS[node.op], self.types[node.name]
-        if not op.host or any(i not in self.constants for i in node.inputs) or not is_static(out.shape):
-            return False
-        if not is_static(node.attr.values()) or 4 * math.prod(ints(out)) > FOLD_BYTES:
-            return False
-        self.constants[node.name] = np.asarray(op.reference([self.constants[i] for i in node.inputs], node.attr))
-        return True
-
-    def producer(self, operand: str) -> Node | None:
-        """The node of this stage that made an operand."""
-        return self._nodes.get(operand)
-
-    def columns(self, w: Weight) -> str:
-        """The codes of a weight as [K, N]."""
-        return _columns(self, w.values, w.layout == "columns")
-
-    def fixed(self, operand: str) -> Node | None:
-        """The node that rounds this operand with a scale that is known, if it is one."""
-        node = self._nodes.get(operand)
-        return node if node is not None and node.op == "round_int8" and node.attr["form"] == "tensor" else None
-
-    def integer(self, node: Node) -> bool:
-        """Whether this is a linear that multiplies integers in this form of the graph."""
-        weight = self.program.params.get(node.inputs[1][1:]) if node.op == "linear" else None
-        return self.form in ("integer", "linears") and weight is not None and weight.format == "int8"
-
-    def _absorbed(self, node: Node) -> bool:
-        """A rounding whose readers all read its codes."""
-        if self.fixed(node.name) is None or node.name in self.stage.outputs:
-            return False
-        return all(self._reads_codes(n, node.name) for n in self.stage.nodes if node.name in n.inputs)
-
-    def _reads_codes(self, reader: Node, operand: str) -> bool:
-        if self.form == "integer" and long_attention(reader, self.types):
-            return operand not in reader.inputs[2:]
-        return self.integer(reader) and reader.inputs[0] == operand
-
-    # names and shapes
-
-    def __call__(self, operand: str) -> str:
-        """Name in the graph of an operand: a value, a constant, or a parameter as float32."""
-        if operand.startswith("@"):
-            return self._float_param(operand[1:])
-        if operand in self.constants:
-            return self.graph.const(self.constants[operand])
-        return self._names[operand]
-
-    def shape(self, operand: str) -> tuple[int, ...]:
-        """Shape of an operand; -1 for a dimension with symbols, as a Reshape takes it (at most one)."""
-        if operand.startswith("@"):
-            return self.program.params[operand[1:]].shape
-        return tuple(d if isinstance(d, int) else -1 for d in self.types[operand].shape)
-
-    def extent(self, *dims: Dim) -> str:
-        """Dimensions as an i64 vector; those with symbols are taken from the shapes of the stage's inputs."""
-        parts = [self.i64(d) if isinstance(d, int) else self._free(d) for d in dims]
-        if is_static(dims) or len(parts) == 1:
-            return parts[0] if len(parts) == 1 else self.i64(*ints(Type("i32", dims)))
-        return str(self.once(("extent", dims), lambda: self.node("Concat", parts, self.graph.unique("extent"), axis=0)))
-
-    def _free(self, dim: Affine) -> str:
-        return str(self.once(("dim", dim), lambda: emit_dim(self.graph, dim, self.stage.inputs, self._names)))
-
-    def tmp(self, out: str, suffix: str) -> str:
-        """A name for a helper value of `out`."""
-        return self.graph.unique(f"{out}/{suffix}")
-
-    def once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """`make()` at the first call with this key, its result afterwards."""
-        if key not in self.cache:
-            self.cache[key] = make()
-        return self.cache[key]
-
-    def _float_param(self, name: str) -> str:
-        w = self.graph.param(name)
-        if w.format in ("f16", "bf16"):
-            return str(self.once(("float", name), lambda: self.cast(w.values, self.tmp(w.values, "f32"), "f32")))
-        if w.format != "f32":
-            raise Unsupported(
-                f"tensor {name} is {w.format}, stage {self.stage.name} reads it with an op for float weights only",
-                remedy="int8 and int4 are for weights of linears (int8 also for embedding tables)",
-            )
-        return w.values
-
-    # building blocks
-
-    def node(self, op: str, inputs: list[str], out: str, **attrs: Any) -> str:
-        return self.graph.node(op, inputs, out, **attrs)
-
-    def cast(self, x: str, out: str, dtype: str) -> str:
-        return self.node("Cast", [x], out, to=onnx_type(_ONNX_DTYPE[dtype]))
-
-    def reshape(self, x: str, out: str, *shape: int) -> str:
-        return self.node("Reshape", [x, self.graph.const(shape, np.int64)], out)
-
-    def scalar(self, x: str) -> str:
-        """A vector of one as a number."""
-        return self.node("Squeeze", [x], self.tmp(x, "number"))
-
-    def transpose(self, x: str, out: str, *perm: int) -> str:
-        return self.node("Transpose", [x], out, perm=list(perm))
-
-    def f32(self, value: float) -> str:
-        return self.graph.const(value, np.float32)
-
-    def i64(self, *value: int) -> str:
-        return self.graph.const(value, np.int64)
-
-
-def ints(t: Type) -> tuple[int, ...]:
-    """Shape of a type without symbols."""
-    if not all(isinstance(d, int) for d in t.shape):
-        raise Unsupported(f"{t} still holds symbols; bind the program first")
-    return tuple(int(str(d)) for d in t.shape)
 
 
 # --- index, mask and layout ------------------------------------------------------------------------------------
 
 
-@_emits("arange", "full")
+@emits("arange", "full")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     """Only those that are too large to fold or hold symbols arrive here."""
     a = n.attr
@@ -248,22 +49,22 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
         e.cast(e.node("Range", [*ends, e.graph.const(1, np.int64)], e.tmp(out, "range")), out, "i32")
 
 
-@_emits("cast")
+@emits("cast")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     e.cast(e(n.inputs[0]), out, n.attr["dtype"])
 
 
-@_emits("cumsum")
+@emits("cumsum")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("CumSum", [e(n.inputs[0]), e.graph.const(0, np.int64)], out)
 
 
-@_emits("reduce_sum")
+@emits("reduce_sum")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("ReduceSum", [e(n.inputs[0]), e.i64(0)], out, keepdims=1)
 
 
-@_emits("repeat_each")
+@emits("repeat_each")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     (count,), times = e.shape(n.inputs[0]), n.attr["times"]
     column = e.reshape(e(n.inputs[0]), e.tmp(out, "column"), count, 1)
@@ -271,7 +72,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     e.reshape(wide, out, *e.shape(n.name))
 
 
-@_emits("attention_mask")
+@emits("attention_mask")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     query, key, valid = (e(i) for i in n.inputs)
     (queries,), (keys,) = e.shape(n.inputs[0]), e.shape(n.inputs[1])
@@ -281,7 +82,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("And", [sees, e.reshape(valid, e.tmp(out, "valid"), 1, keys)], out)
 
 
-@_emits("weighted_mask")
+@emits("weighted_mask")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     mask, counts = n.inputs
     logs = e.node("Log", [e.cast(e(counts), e.tmp(out, "counts"), "f32")], e.tmp(out, "logs"))
@@ -289,18 +90,18 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("Where", [e(mask), row, e.f32(MASKED)], out)
 
 
-@_emits("argmax")
+@emits("argmax")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     wide = e.node("ArgMax", [e(n.inputs[0])], e.tmp(out, "i64"), axis=1, keepdims=0, select_last_index=0)
     e.cast(wide, out, "i32")
 
 
-@_emits("pick")
+@emits("pick")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("Gather", [e(i) for i in n.inputs], out, axis=0)
 
 
-@_emits("write_rows")
+@emits("write_rows")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     x, rows, start = (e(i) for i in n.inputs)
     count = e.shape(n.inputs[1])[0]
@@ -309,12 +110,12 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("ScatterND", [x, e.reshape(at, e.tmp(out, "indices"), count, 1), rows], out)
 
 
-@_emits("concat")
+@emits("concat")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("Concat", [e(i) for i in n.inputs], out, axis=n.attr["axis"])
 
 
-@_emits("slice")
+@emits("slice")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     a, whole = n.attr, parted(e, n.inputs[0])
     if whole is not None:
@@ -323,7 +124,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("Slice", [e(n.inputs[0]), e.extent(a["start"]), e.extent(a["stop"]), e.i64(a["axis"])], out)
 
 
-@_emits("reshape")
+@emits("reshape")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     shape = n.attr["shape"]
     if sum(not isinstance(d, int) for d in shape) > 1:
@@ -332,24 +133,24 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
         e.reshape(e(n.inputs[0]), out, *e.shape(n.name))
 
 
-@_emits("transpose")
+@emits("transpose")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     e.transpose(e(n.inputs[0]), out, *n.attr["perm"])
 
 
-@_emits("pad")
+@emits("pad")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     shape = e.shape(n.inputs[0])
     zeros = [0] * (2 * len(shape) - 1)
     e.node("Pad", [e(n.inputs[0]), e.i64(*zeros, n.attr["size"] - shape[-1])], out)
 
 
-@_emits("tile")
+@emits("tile")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("Expand", [e(n.inputs[0]), e.extent(*e.types[n.name].shape)], out)
 
 
-@_emits("patchify")
+@emits("patchify")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     c, s, _ = e.shape(n.inputs[0])
     p, b = n.attr["patch"], n.attr["block"]
@@ -358,7 +159,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     e.reshape(e.transpose(cut, e.tmp(out, "sorted"), 1, 4, 2, 5, 0, 3, 6), out, *ints(e.types[n.name]))
 
 
-@_emits("pixel_shuffle")
+@emits("pixel_shuffle")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     rows, width = e.shape(n.inputs[0])
     g, f = math.isqrt(rows), n.attr["factor"]
@@ -369,29 +170,29 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
 # --- arithmetic ------------------------------------------------------------------------------------------------
 
 
-@_emits("add", "sub", "mul", "sigmoid", "tanh", "relu")
+@emits("add", "sub", "mul", "sigmoid", "tanh", "relu")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node(n.op.capitalize(), [e(i) for i in n.inputs], out)
 
 
-@_emits("scale")
+@emits("scale")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("Mul", [e(n.inputs[0]), e.f32(n.attr["factor"])], out)
 
 
-@_emits("softmax")
+@emits("softmax")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("Softmax", [e(n.inputs[0])], out, axis=-1)
 
 
-@_emits("silu")
+@emits("silu")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     """x * sigmoid(x): ONNX Runtime fuses it; its Swish is slower than the parts."""
     x = e(n.inputs[0])
     e.node("Mul", [x, e.node("Sigmoid", [x], e.tmp(out, "sigmoid"))], out)
 
 
-@_emits("gelu")
+@emits("gelu")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     x = e(n.inputs[0])
     if n.attr["approximate"] != "quick":
@@ -401,7 +202,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("Mul", [x, e.node("Sigmoid", [scaled], e.tmp(out, "sigmoid"))], out)
 
 
-@_emits("layer_norm")
+@emits("layer_norm")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     width = e.shape(n.inputs[0])[1]
     weight = e(n.inputs[1]) if len(n.inputs) > 1 else e.graph.const(np.ones(width, np.float32))
@@ -409,14 +210,14 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("LayerNormalization", [e(n.inputs[0]), weight, *rest], out, axis=-1, epsilon=n.attr["eps"])
 
 
-@_emits("rms_norm")
+@emits("rms_norm")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     width = e.shape(n.inputs[0])[1]
     weight = e(n.inputs[1]) if len(n.inputs) > 1 else e.graph.const(np.ones(width, np.float32))
     e.node("RMSNormalization", [e(n.inputs[0]), weight], out, axis=-1, epsilon=n.attr["eps"])
 
 
-@_emits("time_embedding")
+@emits("time_embedding")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     """In float64: the angles reach 2 pi / min_period. An engine that computes them in float32 declines the op."""
     a, double = n.attr, onnx_type("DOUBLE")
@@ -432,7 +233,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
 # --- weights ---------------------------------------------------------------------------------------------------
 
 
-@_emits("embed")
+@emits("embed")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     """Rows are gathered in their storage format and widened afterwards: the table itself stays mapped."""
     ids, table = e(n.inputs[0]), n.inputs[1]
@@ -452,7 +253,7 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     e.node("Mul", [e.cast(rows, e.tmp(out, "floats"), "f32"), column], out)
 
 
-@_emits("linear")
+@emits("linear")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     biased = len(n.inputs) > 2
     product = e.tmp(out, "product") if biased else out
@@ -467,14 +268,9 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     elif w is not None and w.format in ("int8", *INT4):
         e.node("MatMul", [e(n.inputs[0]), _dequantized(e, w)], product)
     else:
-        e.node("MatMul", [e(n.inputs[0]), _columns(e, e(weight), w is not None and w.layout == "columns")], product)
+        e.node("MatMul", [e(n.inputs[0]), e.turned(e(weight), w is not None and w.layout == "columns")], product)
     if biased:
         e.node("Add", [product, e(n.inputs[2])], out)
-
-
-def _columns(e: StageEmitter, values: str, already: bool) -> str:
-    """A weight as [K, N]; one stored as rows (an embedding reads it, too) is transposed when the engine loads it."""
-    return values if already else str(e.once(("T", values), lambda: e.transpose(values, e.tmp(values, "T"), 1, 0)))
 
 
 def _dequantized(e: StageEmitter, w: Weight) -> str:
@@ -487,7 +283,7 @@ def _linear_integer(e: StageEmitter, x: str, w: Weight, out: str) -> None:
     """x quantised per row to uint8 around 128, times int8 weights: u8 x s8 has fast kernels, s8 x s8 scalar code."""
     quantized, column = e.once(("rows", x), lambda: _quantize_rows(e, x))
     zero = e.graph.const(128, np.uint8)
-    q = _columns(e, w.values, w.layout == "columns")
+    q = e.turned(w.values, w.layout == "columns")
     inputs = [quantized, q, e.f32(1.0), w.scale, zero]
     raw = e.graph.node("MatMulIntegerToFloat", inputs, e.tmp(out, "integer"), domain=MICROSOFT)
     e.node("Mul", [raw, column], out)
@@ -498,11 +294,11 @@ def _linear_fixed(e: StageEmitter, known: Node, w: Weight, out: str) -> None:
     x, zero = e(known.inputs[0]), e.graph.const(128, np.uint8)
     scale = e.f32(known.attr["largest"] / 127)
     codes = e.once(("codes", known.name), lambda: e.node("QuantizeLinear", [x, scale, zero], e.tmp(x, "fixed")))
-    inputs = [codes, _columns(e, w.values, w.layout == "columns"), scale, w.scale, zero]
+    inputs = [codes, e.turned(w.values, w.layout == "columns"), scale, w.scale, zero]
     e.graph.node("MatMulIntegerToFloat", inputs, out, domain=MICROSOFT)
 
 
-@_emits("round_int8")
+@emits("round_int8")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     """A fixed scale as QuantizeLinear and DequantizeLinear, which engines fuse; others with Round."""
     x = e(n.inputs[0])
@@ -539,13 +335,13 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
         e.node("Slice", [joined, e.i64(0), e.i64(width), e.i64(1)], out)
 
 
-@_emits("round_f16")
+@emits("round_f16")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     half = e.node("Cast", [e(n.inputs[0])], e.tmp(out, "half"), to=onnx_type("FLOAT16"))
     e.node("Cast", [half], out, to=onnx_type("FLOAT"))
 
 
-@_emits("round_fp8")
+@emits("round_fp8")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     """The type of the zero point says what is quantised to."""
     scale, zero = e.f32(n.attr["largest"] / LARGEST), e.graph.float8_zero()
@@ -573,7 +369,7 @@ def _quantize_rows(e: StageEmitter, x: str) -> tuple[str, str]:
 # --- attention -------------------------------------------------------------------------------------------------
 
 
-@_emits("attention")
+@emits("attention")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     """Decomposed; the query heads of one key head become rows of one matrix, so K and V are never repeated."""
     if e.form in LONG_ATTENTION and long_attention(n, e.types):
@@ -640,7 +436,7 @@ def _mask_bias(e: StageEmitter, mask: str, per: int) -> str:
     return str(e.once(("bias", mask, per), one if per == 1 else tiled))
 
 
-@_emits("rope")
+@emits("rope")
 def _(e: StageEmitter, n: Node, out: str) -> None:
     x, positions = n.inputs
     rows, width = e.shape(x)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vlac.graph import Node
 
 if TYPE_CHECKING:
-    from vlac.targets._onnx_ops import StageEmitter
+    from vlac.targets._onnx_emitter import StageEmitter
 
 
 def parted(e: StageEmitter, operand: str) -> Node | None:

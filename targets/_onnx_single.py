@@ -16,8 +16,8 @@ from vlac.errors import Unsupported
 from vlac.graph import RUNTIME_INPUTS, Call, Program, Repeat, infer_stage
 from vlac.ops import DTYPES, Type
 from vlac.targets._folder import TensorStore
+from vlac.targets._onnx_emitter import StageEmitter, ints
 from vlac.targets._onnx_graph import Graph, graph_names, onnx_type
-from vlac.targets._onnx_ops import StageEmitter, ints
 from vlac.targets._onnx_ranges import Range
 
 Bounds = Mapping[str, Mapping[str, Range]]

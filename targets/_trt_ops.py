@@ -21,9 +21,10 @@ from vlac.dims import Affine
 from vlac.errors import Unsupported
 from vlac.graph import Node
 from vlac.layouts import INT4, bf16_from_f32
+from vlac.targets._onnx_emitter import EMITTERS, Emit, StageEmitter, emits_into
 from vlac.targets._onnx_extents import sources
 from vlac.targets._onnx_graph import Weight, onnx_type
-from vlac.targets._onnx_ops import EMITTERS, MASKED, Emit, StageEmitter, _angles, _columns, _rope_tables, emits_into
+from vlac.targets._onnx_ops import MASKED, _angles, _rope_tables
 
 ONNX_TYPES = {"f32": "FLOAT", "f16": "FLOAT16", "bf16": "BFLOAT16"}
 MASKED_HALF = -3e4
@@ -307,11 +308,11 @@ def _(e: StageEmitter, n: Node, out: str) -> None:
     weight = n.inputs[1]
     w = e.graph.param(weight[1:]) if weight.startswith("@") else None
     if w is None:
-        columns = _columns(e, e(weight), False)
+        columns = e.turned(e(weight), False)
     elif w.format in ONNX_TYPES:
-        columns = _columns(e, w.values if w.format == _trt(e).kind else e(weight), w.layout == "columns")
+        columns = e.turned(w.values if w.format == _trt(e).kind else e(weight), w.layout == "columns")
     else:
-        columns = _columns(e, _dequantized(_trt(e), weight[1:], w), w.layout == "columns")
+        columns = e.turned(_dequantized(_trt(e), weight[1:], w), w.layout == "columns")
     e.node("MatMul", [e(n.inputs[0]), columns], product)
     if biased:
         e.node("Add", [product, e(n.inputs[2])], out)

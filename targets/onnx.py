@@ -20,12 +20,13 @@ from vlac.graph import Program, Stage, infer_stage
 from vlac.registry import Progress, Target, targets
 from vlac.rewrites.parts import part_projections
 from vlac.rewrites.strides import pad_hidden_units
-from vlac.targets import _onnx_codes as _onnx_codes  # its emitters join the table
+from vlac.targets import _onnx_codes as _onnx_codes  # what writes ops joins the emitter's table
+from vlac.targets import _onnx_ops as _onnx_ops
 from vlac.targets._engines import engines_for
 from vlac.targets._folder import TensorStore, write_sidecars
 from vlac.targets._onnx_attention import long_attention
+from vlac.targets._onnx_emitter import StageEmitter
 from vlac.targets._onnx_graph import Graph, graph_names
-from vlac.targets._onnx_ops import StageEmitter
 from vlac.targets._onnx_ranges import Range, ranges
 
 ENGINES = ("onnxruntime", "openvino")

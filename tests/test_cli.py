@@ -193,7 +193,7 @@ def test_inspect_a_checkpoint(vlac: Any, golden: Any) -> None:
 
 
 def test_inspect_shows_the_program_at_any_rewrite(vlac: Any, golden: Any) -> None:
-    from vlac.graph import parse
+    from vlac.program_text import parse
 
     checkpoint = golden("smolvla_tiny").checkpoint
     drawn = vlac("inspect", checkpoint, "--program")[1]

@@ -19,8 +19,9 @@ from vlac.dims import parse_dim
 from vlac.engines.base import EngineSession, get_engine
 from vlac.engines.numpy_engine import NumpySession
 from vlac.errors import ProgramError
-from vlac.graph import Call, Param, Program, Repeat, Schedule, StageBuilder, Symbol, check, parse
+from vlac.graph import Call, Param, Program, Repeat, Schedule, StageBuilder, Symbol, check
 from vlac.lower import REWRITES, lower, lower_until, roles
+from vlac.program_text import parse
 from vlac.registry import silent, targets
 from vlac.runtime.schedule import execute
 from vlac.weights import LazyTensor, Weights

@@ -19,8 +19,9 @@ from vlac.dims import symbol
 from vlac.engines.base import get_engine
 from vlac.engines.numpy_engine import NumpySession
 from vlac.errors import InputError
-from vlac.graph import Call, Param, Program, Schedule, StageBuilder, Symbol, check, parse
+from vlac.graph import Call, Param, Program, Schedule, StageBuilder, Symbol, check
 from vlac.lower import REWRITES, lower
+from vlac.program_text import parse
 from vlac.registry import ReadOptions
 from vlac.removals import removals
 from vlac.removals import text as removals_text

@@ -22,9 +22,9 @@ from vlac.graph import (
     Symbol,
     check,
     infer_stage,
-    parse,
 )
 from vlac.ops import OPS, Type
+from vlac.program_text import parse
 
 C, T = symbol("C"), symbol("T")
 

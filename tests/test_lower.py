@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from lower_toys import DIMS, Dims, NpArray, observation, ops, run, same, toy
 
 from vlac.errors import CheckpointError, Unsupported
-from vlac.graph import check, parse
+from vlac.graph import check
 from vlac.lower import REWRITES, lower, lower_until
+from vlac.program_text import parse
 from vlac.weights import LazyTensor, Weights
 
 

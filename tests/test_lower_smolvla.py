@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from vlac.checkpoint import read_policy
-from vlac.graph import Program, Repeat, check, infer_stage, parse
+from vlac.graph import Program, Repeat, check, infer_stage
 from vlac.lower import REWRITES, assign_formats, lower, pad_to_blocks, roles
+from vlac.program_text import parse
 from vlac.registry import families
 from vlac.runtime.inputs import prepare
 from vlac.runtime.schedule import execute

@@ -16,8 +16,9 @@ from vlac.engines.numpy_engine import run_stage
 from vlac.errors import EngineError, Unsupported
 from vlac.graph import Call, Param, Program, Schedule, StageBuilder
 from vlac.ops import OPS
-from vlac.targets import _onnx_codes as _onnx_codes  # its emitters join the table
-from vlac.targets._onnx_ops import EMITTERS
+from vlac.targets import _onnx_codes as _onnx_codes  # what writes ops joins the emitter's table
+from vlac.targets import _onnx_ops as _onnx_ops
+from vlac.targets._onnx_emitter import EMITTERS
 
 pytest.importorskip("onnx")
 ENGINES = ("onnxruntime", "openvino")

@@ -21,9 +21,10 @@ from vlac.artifact import Sidecars, open_artifact
 from vlac.engines.base import NAMES, EngineSession, get_engine
 from vlac.engines.numpy_engine import NumpySession
 from vlac.errors import VlacError
-from vlac.graph import Call, Param, Program, Schedule, StageBuilder, check, parse
+from vlac.graph import Call, Param, Program, Schedule, StageBuilder, check
 from vlac.io import IO, Camera
 from vlac.ops import OPS
+from vlac.program_text import parse
 from vlac.registry import silent, targets
 from vlac.weights import LazyTensor, Weights
 

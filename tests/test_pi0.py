@@ -35,9 +35,10 @@ from vlac.engines.numpy_engine import NumpySession
 from vlac.errors import CheckpointError, Inapplicable, Unsupported, VlacWarning
 from vlac.families import pi0, pi05
 from vlac.goldens import reference_session
-from vlac.graph import Program, parse
+from vlac.graph import Program
 from vlac.lower import lower
 from vlac.policy import Policy
+from vlac.program_text import parse
 from vlac.readers import paligemma
 from vlac.registry import ReadOptions, families
 from vlac.runtime.actions import apply_action_steps

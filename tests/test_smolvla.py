@@ -17,8 +17,9 @@ from vlac.checkpoint import read_policy
 from vlac.engines.numpy_engine import NumpySession
 from vlac.errors import CheckpointError, Unsupported, VlacError
 from vlac.families import smolvla
-from vlac.graph import Program, parse
+from vlac.graph import Program
 from vlac.policy import Policy
+from vlac.program_text import parse
 from vlac.readers import lerobot_smolvla
 from vlac.registry import ReadOptions
 from vlac.spec import DecoderSpec, VisionSpec

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from vlac.errors import ArtifactError
-from vlac.graph import Program, parse
+from vlac.graph import Program
 from vlac.io import IO
+from vlac.program_text import parse
 from vlac.weights import Array
 
 NpArray = np.ndarray[Any, Any]

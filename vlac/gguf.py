@@ -22,8 +22,8 @@ import numpy as np
 from vlac.artifact import Artifact, StoredTensor, check_manifest, check_tensors
 from vlac.errors import ArtifactError, VlacError
 from vlac.formats import FORMATS, decode, get_format
-from vlac.graph import parse
 from vlac.io import IO
+from vlac.program_text import parse
 from vlac.weights import Array
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]

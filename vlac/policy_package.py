@@ -17,9 +17,10 @@ from typing import Any
 from vlac.artifact import Artifact, checked_file, open_artifact, sha256
 from vlac.engines.onnx_files import SINGLE, graph_files, integer_formats
 from vlac.errors import ArtifactError, Unsupported, VlacError
-from vlac.graph import Program, parse
+from vlac.graph import Program
 from vlac.io import IO
 from vlac.place import partial
+from vlac.program_text import parse
 from vlac.runtime.actions import needs_state
 
 FORMAT, VERSION = "policy_package", "1.0"
