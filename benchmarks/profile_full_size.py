@@ -54,7 +54,9 @@ def main() -> None:
         path, _, engine = given.partition(":")
         before = os.getloadavg()[0]
         found = profile(path, engine=engine or None, threads=args.threads, runs=args.runs)
-        rows.append({"name": Path(path).name, "load_average": round(before, 1), **found, "artifact": Path(path).name})
+        name = Path(path).name
+        found["info"]["artifact"] = name
+        rows.append({"name": name, "load_average": round(before, 1), **found, "artifact": name})
         print(table(rows[-1:]), flush=True)
     if args.out:
         report = {"machine": machine.describe(), "threads": args.threads, "runs": args.runs, "rows": rows}
