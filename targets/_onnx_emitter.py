@@ -54,7 +54,7 @@ class StageEmitter:
         graph: where nodes go.
         program: what symbols it has left become free dimensions of the graph.
         ranges: of the stage's integer values (vlac.targets._onnx_ranges).
-        form: "portable", "fused", "integer", "linears" or "unrounded", see above.
+        form: "portable", "fused", "integer", "linears" or "unrounded", see _onnx_ops.py.
         given: names in the graph of the stage's inputs; prefix: before every name this emitter makes.
     """
 

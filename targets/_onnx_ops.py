@@ -283,7 +283,7 @@ def _linear_integer(e: StageEmitter, x: str, w: Weight, out: str) -> None:
     """x quantised per row to uint8 around 128, times int8 weights: u8 x s8 has fast kernels, s8 x s8 scalar code."""
     quantized, column = e.once(("rows", x), lambda: _quantize_rows(e, x))
     zero = e.graph.const(128, np.uint8)
-    q = e.turned(w.values, w.layout == "columns")
+    q = e.columns(w)
     inputs = [quantized, q, e.f32(1.0), w.scale, zero]
     raw = e.graph.node("MatMulIntegerToFloat", inputs, e.tmp(out, "integer"), domain=MICROSOFT)
     e.node("Mul", [raw, column], out)
@@ -294,7 +294,7 @@ def _linear_fixed(e: StageEmitter, known: Node, w: Weight, out: str) -> None:
     x, zero = e(known.inputs[0]), e.graph.const(128, np.uint8)
     scale = e.f32(known.attr["largest"] / 127)
     codes = e.once(("codes", known.name), lambda: e.node("QuantizeLinear", [x, scale, zero], e.tmp(x, "fixed")))
-    inputs = [codes, e.turned(w.values, w.layout == "columns"), scale, w.scale, zero]
+    inputs = [codes, e.columns(w), scale, w.scale, zero]
     e.graph.node("MatMulIntegerToFloat", inputs, out, domain=MICROSOFT)
 
 

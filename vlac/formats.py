@@ -108,13 +108,13 @@ def encode(fmt: str, values: F32, importance: F32 | None = None) -> Bytes:
     if fmt == "f32":
         return array.reshape(-1).view(np.uint8)
     if importance is not None and form.bits < 8 and array.ndim == 2 and not _has_codes(form, array):
-        from vlac.engines.ggml_lib import quantize_rows
+        from vlac.engines.ggml_pack import quantize_rows
 
         floor = 1e-6 * max(float(importance.max()), 1e-30)
         return quantize_rows(type_id, array, form.nbytes(array.shape[1:]), np.maximum(importance, floor))
     if fmt in _ENCODERS:
         return _encode_numpy(form, array.reshape(-1))
-    from vlac.engines.ggml_lib import quantize
+    from vlac.engines.ggml_pack import quantize
 
     return quantize(type_id, array.reshape(-1, form.block), form.block_bytes)
 

@@ -19,18 +19,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vlac.errors import EngineError
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -467,52 +462,3 @@ def _load_first() -> Ggml:
 def default_threads() -> int:
     """CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# --- packing -----------------------------------------------------------------------------------------------------
-
-_PACK_BLOCKS = 1 << 14
-
-
-def quantize_rows(type_id: int, rows: Array, row_bytes: int, importance: Array) -> Array:
-    """float32 rows [n, k] packed by ggml's quantizer for importance matrices, as uint8 [n * row_bytes].
-
-    importance [k], all above 0: how much an error in each column counts.
-    """
-    lib = load()
-    n, k = rows.shape
-    source = np.ascontiguousarray(rows, dtype=np.float32)
-    weights = np.ascontiguousarray(importance, dtype=np.float32)
-    if weights.shape != (k,) or not (np.isfinite(weights).all() and (weights > 0).all()):
-        raise EngineError(f"importance {list(weights.shape)} for rows of {k}: one number above 0 per column is needed")
-    if lib.type_size(type_id) * (k // lib.blck_size(type_id)) != row_bytes:
-        raise EngineError(f"{lib.directory}: rows of {k} of ggml type {type_id} do not take {row_bytes} bytes")
-    out = np.empty(n * row_bytes, dtype=np.uint8)
-    lib.quantize_chunk(type_id, source.ctypes.data, out.ctypes.data, 0, n, k, weights.ctypes.data)
-    return out
-
-
-def quantize(type_id: int, blocks: Array, block_bytes: int) -> Array:
-    """float32 blocks [n, block] packed by ggml's reference quantizer, as uint8 [n * block_bytes].
-
-    Blocks are independent, so they are packed on all CPUs and the bytes do not depend on how many there are.
-    """
-    lib = load()
-    count, width = blocks.shape
-    if (lib.blck_size(type_id), lib.type_size(type_id)) != (width, block_bytes):
-        raise EngineError(f"{lib.directory}: ggml type {type_id} is not {width} values in {block_bytes} bytes")
-    out = np.empty(count * block_bytes, dtype=np.uint8)
-    source, target = blocks.ctypes.data, out.ctypes.data
-
-    def pack(start: int) -> None:
-        n = min(_PACK_BLOCKS, count - start)
-        lib.quantize_chunk(type_id, source + start * width * 4, target + start * block_bytes, 0, n, width, None)
-
-    starts = range(0, count, _PACK_BLOCKS)
-    if len(starts) < 2:
-        for start in starts:
-            pack(start)
-        return out
-    with ThreadPoolExecutor(default_threads()) as pool:
-        list(pool.map(pack, starts))
-    return out
